@@ -1,0 +1,39 @@
+# posthouse. Two commands on a fresh Debian 12 with Go and git:
+#
+#	make run     a demo with backends of its own, without root
+#	make test    everything, against real Cyrus and real Dovecot (asks sudo)
+
+SHELL := /bin/bash
+TOOL  := go tool -modfile=tools/go.mod
+
+.PHONY: build run deps vet lint unit integration test clean
+
+build:
+	go build -o bin/posthouse ./cmd/posthouse
+
+run: build
+	exec bin/posthouse demo
+
+# Real servers, stock clients and the race detector's compiler. Instant when all
+# is there.
+deps:
+	tools/deps
+
+vet:
+	go vet ./...
+
+lint:
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt -w these:" $$unformatted; exit 1; }
+	$(TOOL) staticcheck ./...
+
+unit:
+	$(TOOL) gotestsum --format pkgname-and-test-fails --raw-command -- tools/testall unit
+
+integration:
+	$(TOOL) gotestsum --format testname --raw-command -- tools/testall integration
+
+test: deps vet lint
+	$(TOOL) gotestsum --format pkgname-and-test-fails --raw-command -- tools/testall unit integration
+
+clean:
+	rm -rf bin

@@ -1,0 +1,320 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/posthouse/posthouse/backendpool"
+	"github.com/posthouse/posthouse/config"
+	"github.com/posthouse/posthouse/proxy"
+	"github.com/posthouse/posthouse/proxy/auth"
+	"github.com/posthouse/posthouse/routing"
+	"github.com/posthouse/posthouse/routing/directory"
+	"github.com/posthouse/posthouse/routing/filestore"
+	"github.com/posthouse/posthouse/routing/statedir"
+)
+
+// askEvery: a backend may be upgraded under the same address.
+const askEvery = time.Minute
+
+// instance is one frontend, built from its configuration.
+type instance struct {
+	cfg      *config.Config
+	log      *zap.Logger
+	state    *statedir.Dir
+	store    *filestore.Store
+	table    *routing.Table
+	server   *proxy.Server
+	pool     *backendpool.Pool
+	registry *prometheus.Registry
+	serving  atomic.Bool
+
+	certificates certificates
+	verifiers    []*auth.File
+	directories  []*directory.File
+	listeners    []proxy.Listener
+}
+
+// parts are what a configuration names and can be tried without touching the
+// state directory or a socket: `check` stops here.
+func parts(cfg *config.Config) (*instance, error) {
+	i := &instance{cfg: cfg}
+	names := auth.Normalizer{Lowercase: cfg.Usernames.Lowercase, Allow: cfg.Usernames.Allow}
+	var errs []error
+	for _, a := range cfg.Auth {
+		if a.Type != config.AuthFile {
+			continue
+		}
+		f, err := auth.OpenFile(a.Path, auth.FileOptions{Names: names, Masters: a.Masters})
+		errs = append(errs, err)
+		i.verifiers = append(i.verifiers, f)
+	}
+	for _, d := range cfg.Directory {
+		f, err := directory.NewFile(d.Path, names.Normalize)
+		errs = append(errs, err)
+		i.directories = append(i.directories, f)
+	}
+	errs = append(errs, i.certificates.load(cfg.TLS.Certificates))
+	var err error
+	i.pool, err = newPool(cfg)
+	errs = append(errs, err)
+	return i, errors.Join(errs...)
+}
+
+// build makes everything that cfg names, registers the frontend and opens the
+// listeners; nothing is accepted before run. onEvent may be nil. ctx bounds
+// the building only.
+func build(ctx context.Context, cfg *config.Config, log *zap.Logger, onEvent func(routing.Event)) (*instance, error) {
+	i, err := parts(cfg)
+	if err != nil {
+		return nil, err
+	}
+	i.log = log
+	i.registry = prometheus.NewRegistry()
+	i.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	// The listeners first: a port in use must not leave a registration behind.
+	if err := i.listen(ctx); err != nil {
+		i.closeListeners()
+		return nil, err
+	}
+	if err := i.join(ctx, onEvent); err != nil {
+		i.closeListeners()
+		return nil, err
+	}
+	limits := cfg.Limits
+	i.server = proxy.New(proxy.Options{
+		Hostname: cfg.Hostname, Listeners: i.listeners, TLS: i.tlsConfig(),
+		Verifier: i.verifier(), Table: i.table, Backends: i.pool, Sieve: cfg.Greeting.SieveCapabilities, AskEvery: askEvery,
+		Logger: log, Metrics: proxy.NewMetrics(i.registry),
+		Limits: proxy.Limits{
+			PreauthTimeout: limits.PreauthTimeout, AuthTries: limits.AuthTries, BadCommands: limits.BadCommands,
+			AuthFailureDelay: limits.AuthFailureDelay, ConnectTimeout: limits.ConnectTimeout,
+			BackendLoginTimeout: limits.BackendLoginTimeout, IdleTimeout: limits.IdleTimeout,
+			WriteTimeout: limits.WriteTimeout, DrainTimeout: limits.DrainTimeout, KeepAlive: limits.Keepalive,
+			MaxConnections: limits.MaxConnections, MaxConnectionsPerIP: limits.MaxConnectionsPerIP,
+		},
+	})
+	i.watchTable()
+	return i, nil
+}
+
+// join opens the store and registers this frontend in it.
+func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err error) {
+	if i.state, err = statedir.Open(i.cfg.StateDir); err != nil {
+		return err
+	}
+	if i.store, err = filestore.Open(i.state); err != nil {
+		_ = i.state.Close()
+		return err
+	}
+	chain := make(directory.Chain, 0, len(i.directories))
+	for _, d := range i.directories {
+		chain = append(chain, d)
+	}
+	roles := make(map[string]routing.RoleConfig, len(i.cfg.Roles))
+	for name, r := range i.cfg.Roles {
+		roles[name] = routing.RoleConfig{Members: r.Members, Active: r.Active}
+	}
+	addresses := make(map[string]map[string]string, len(i.cfg.Backends))
+	for _, name := range i.pool.Names() {
+		b, _ := i.pool.Backend(name)
+		addresses[name] = b.Addresses
+	}
+	limits := i.cfg.Limits
+	i.table, err = routing.Start(ctx, routing.Options{
+		ID: routing.NewID(i.cfg.Hostname), Store: i.store, Directory: chain, Local: i.state,
+		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, ResidueMaxAge: limits.ResidueMaxAge,
+		MaxParked: limits.MaxParked, Backends: addresses, Roles: roles,
+		Settings: map[string]string{
+			"usernames.lowercase": strconv.FormatBool(i.cfg.Usernames.Lowercase),
+			"usernames.allow":     i.cfg.Usernames.Allow,
+		},
+		Logger: i.log, OnEvent: onEvent,
+	})
+	if err != nil {
+		return errors.Join(err, i.store.Close(), i.state.Close())
+	}
+	return nil
+}
+
+// verifier is who judges credentials, in the order of the configuration.
+func (i *instance) verifier() auth.Verifier {
+	if len(i.verifiers) == 0 {
+		return &auth.Backend{Names: auth.Normalizer{Lowercase: i.cfg.Usernames.Lowercase, Allow: i.cfg.Usernames.Allow}}
+	}
+	chain := make(auth.Chain, 0, len(i.verifiers))
+	for _, f := range i.verifiers {
+		chain = append(chain, f)
+	}
+	return chain
+}
+
+func (i *instance) listen(ctx context.Context) error {
+	var errs []error
+	for _, l := range i.cfg.Listeners {
+		var lc net.ListenConfig
+		ln, err := lc.Listen(ctx, "tcp", l.Address)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("listener %s %s: %w: is another server (or another posthouse) on it?", l.Protocol, l.Address, err))
+			continue
+		}
+		i.listeners = append(i.listeners, proxy.Listener{Protocol: l.Protocol, Implicit: l.TLS == config.TLSImplicit, Listener: ln})
+	}
+	return errors.Join(errs...)
+}
+
+func (i *instance) closeListeners() {
+	for _, l := range i.listeners {
+		_ = l.Listener.Close()
+	}
+}
+
+// watchTable adds the table's metrics.
+func (i *instance) watchTable() {
+	gauge := func(name, help string, value func(routing.Counters) float64) {
+		i.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help},
+			func() float64 { return value(i.table.Counters()) }))
+	}
+	gauge("posthouse_stays", "Sessions inside roles, on their way to or on a backend.",
+		func(c routing.Counters) float64 { return float64(c.Inside) })
+	gauge("posthouse_parked", "Logins that wait for a role on hold.",
+		func(c routing.Counters) float64 { return float64(c.Parked) })
+	i.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "posthouse_role_disagreements_total",
+		Help: "Logins whose directory names another role than the one last used here.",
+	}, func() float64 { return float64(i.table.Counters().Disagreements) }))
+}
+
+func newPool(cfg *config.Config) (*backendpool.Pool, error) {
+	var errs []error
+	var list []*backendpool.Backend
+	for name, c := range cfg.Backends {
+		b := &backendpool.Backend{
+			Name: name, Addresses: make(map[string]string), TLS: backendpool.TLSMode(c.TLS.Mode),
+			Style: backendpool.Style(c.Login.Style), User: c.Login.User, EOFProves: c.Done == config.DoneEOF,
+		}
+		for _, service := range []string{"imap", "pop3", "sieve", "lmtp"} {
+			if address := c.Address(service); address != "" {
+				b.Addresses[service] = address
+			}
+		}
+		if c.TLS.Mode != config.TLSOff {
+			t, err := backendTLS(c.TLS)
+			errs = append(errs, err)
+			b.TLSConfig = t
+		}
+		if c.Login.PasswordFile != "" {
+			password, err := config.ReadSecret(c.Login.PasswordFile)
+			errs = append(errs, err)
+			b.SetPassword(password)
+		}
+		list = append(list, b)
+	}
+	return backendpool.New(list, backendpool.Limits{
+		ConnectTimeout: cfg.Limits.ConnectTimeout, Logins: cfg.Limits.BackendLogins, KeepAlive: cfg.Limits.Keepalive,
+	}), errors.Join(errs...)
+}
+
+func backendTLS(c config.BackendTLS) (*tls.Config, error) {
+	t := &tls.Config{
+		MinVersion: tls.VersionTLS12, CipherSuites: suites, ServerName: c.ServerName,
+		InsecureSkipVerify: c.InsecureSkipVerify, //nolint:gosec // the operator spelled it out
+		ClientSessionCache: tls.NewLRUClientSessionCache(0),
+	}
+	if c.CA == "" {
+		return t, nil
+	}
+	pem, err := os.ReadFile(c.CA)
+	if err != nil {
+		return nil, err
+	}
+	t.RootCAs = x509.NewCertPool()
+	if !t.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no certificate", c.CA)
+	}
+	return t, nil
+}
+
+// suites are those of TLS 1.2: crypto/tls's defaults hold two with CBC.
+var suites = []uint16{
+	tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+	tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+	tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+}
+
+func (i *instance) tlsConfig() *tls.Config {
+	least := uint16(tls.VersionTLS12)
+	if i.cfg.TLS.MinVersion == "1.3" {
+		least = tls.VersionTLS13
+	}
+	return &tls.Config{MinVersion: least, CipherSuites: suites, GetCertificate: i.certificates.choose}
+}
+
+// certificates are what clients meet, chosen by SNI; the first is the default.
+type certificates struct {
+	list atomic.Pointer[[]tls.Certificate]
+}
+
+// load reads all pairs, or changes nothing.
+func (c *certificates) load(pairs []config.Certificate) error {
+	var errs []error
+	var list []tls.Certificate
+	for _, p := range pairs {
+		pair, err := tls.LoadX509KeyPair(p.Cert, p.Key)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("certificate %s: %w", p.Cert, err))
+			continue
+		}
+		if left := time.Until(pair.Leaf.NotAfter); left < 0 {
+			errs = append(errs, fmt.Errorf("certificate %s expired on %s", p.Cert, pair.Leaf.NotAfter.Format(time.DateOnly)))
+		}
+		list = append(list, pair)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	c.list.Store(&list)
+	return nil
+}
+
+func (c *certificates) choose(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	list := *c.list.Load()
+	for n := range list {
+		if hello.SupportsCertificate(&list[n]) == nil {
+			return &list[n], nil
+		}
+	}
+	return &list[0], nil
+}
+
+// newLogger logs to standard error. Nothing is sampled away: every login has
+// its line.
+func newLogger(c config.Log) (*zap.Logger, error) {
+	level, err := zapcore.ParseLevel(c.Level)
+	if err != nil {
+		return nil, err
+	}
+	z := zap.NewProductionConfig()
+	z.Level = zap.NewAtomicLevelAt(level)
+	z.Sampling = nil
+	z.Encoding = strings.ToLower(c.Format)
+	z.EncoderConfig.EncodeTime = zapcore.RFC3339NanoTimeEncoder
+	z.EncoderConfig.EncodeDuration = zapcore.SecondsDurationEncoder
+	z.DisableStacktrace = true
+	z.DisableCaller = true
+	return z.Build()
+}

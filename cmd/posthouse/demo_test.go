@@ -1,0 +1,209 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/emersion/go-imap/v2"
+	"github.com/emersion/go-imap/v2/imapclient"
+
+	"github.com/posthouse/posthouse/cmd/posthouse/internal/admin"
+)
+
+func must(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// running is a demo in this process.
+type running struct {
+	welcome       string
+	starttls, tls string // addresses
+	socket        string
+	said          <-chan string // what it tells after the welcome; closed at its end
+	ended         chan error
+	stop          context.CancelFunc
+}
+
+// startDemo runs the demo on free ports, in a TMPDIR of its own.
+func startDemo(t testing.TB, linger time.Duration) *running {
+	t.Helper()
+	r, err := runDemo(t.Context(), shortDir(t), linger)
+	must(t, err)
+	return r
+}
+
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "ph")
+	must(t, err)
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+var (
+	starttlsAt = regexp.MustCompile(`starttls imap -connect (\S+)`)
+	tlsAt      = regexp.MustCompile(`imaps://([^/\s]+)/`)
+)
+
+func runDemo(ctx context.Context, dir string, linger time.Duration) (*running, error) {
+	ctx, stop := context.WithCancel(ctx)
+	in, out := io.Pipe()
+	r := &running{socket: filepath.Join(dir, "s"), ended: make(chan error, 1), stop: stop}
+	d := demo{socket: r.socket, linger: linger, program: "posthouse", out: out}
+	go func() {
+		err := d.run(ctx)
+		out.Close()
+		r.ended <- err
+	}()
+	lines := bufio.NewScanner(in)
+	var welcome strings.Builder
+	for lines.Scan() {
+		welcome.WriteString(lines.Text() + "\n")
+		if strings.HasSuffix(lines.Text(), "as it happens:") {
+			break
+		}
+	}
+	r.welcome = welcome.String()
+	said := make(chan string, 1000) // more than a test makes it say
+	go func() {
+		defer close(said)
+		for lines.Scan() {
+			said <- lines.Text()
+		}
+	}()
+	r.said = said
+	a, b := starttlsAt.FindStringSubmatch(r.welcome), tlsAt.FindStringSubmatch(r.welcome)
+	if a == nil || b == nil {
+		stop()
+		return nil, <-r.ended
+	}
+	r.starttls, r.tls = a[1], b[1]
+	return r, nil
+}
+
+// hear waits until the demo says a line with all parts.
+func (r *running) hear(t testing.TB, parts ...string) {
+	t.Helper()
+	for line := range r.said {
+		if !slices.ContainsFunc(parts, func(p string) bool { return !strings.Contains(line, p) }) {
+			return
+		}
+	}
+	t.Fatalf("the demo has not said %q", parts)
+}
+
+var anyCertificate = &tls.Config{InsecureSkipVerify: true}
+
+func logIn(t testing.TB, r *running, starttls bool, user string) *imapclient.Client {
+	t.Helper()
+	options := &imapclient.Options{TLSConfig: anyCertificate}
+	dial, address := imapclient.DialTLS, r.tls
+	if starttls {
+		dial, address = imapclient.DialStartTLS, r.starttls
+	}
+	c, err := dial(address, options)
+	must(t, err)
+	t.Cleanup(func() { _ = c.Close() })
+	must(t, c.Login(user, demoPassword).Wait())
+	return c
+}
+
+// inbox returns the subjects in a user's INBOX.
+func inbox(t testing.TB, c *imapclient.Client) (subjects []string) {
+	t.Helper()
+	_, err := c.Select("INBOX", nil).Wait()
+	must(t, err)
+	all, err := c.Fetch(imap.SeqSet{{Start: 1, Stop: 0}}, &imap.FetchOptions{Envelope: true}).Collect()
+	must(t, err)
+	for _, m := range all {
+		subjects = append(subjects, m.Envelope.Subject)
+	}
+	return subjects
+}
+
+// TestDemo: what its first lines promise. A user is logged in, the role is
+// switched, a login waits meanwhile, and the same mail is there.
+func TestDemo(t *testing.T) {
+	t.Setenv("TMPDIR", shortDir(t)) // where nothing may be left
+	began := time.Now()
+	r := startDemo(t, 500*time.Millisecond)
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("ready after %v", took)
+	}
+	alice := logIn(t, r, true, "alice")
+	r.hear(t, "login", "alice", "on a")
+	before := inbox(t, alice)
+	if len(before) != 3 {
+		t.Fatalf("alice's INBOX: %q", before)
+	}
+
+	client := admin.NewClient(r.socket)
+	switched := make(chan error, 1)
+	go func() {
+		_, err := client.Switch(t.Context(), admin.SwitchRequest{Role: demoRole, To: "b"}, func(admin.Progress) {})
+		switched <- err
+	}()
+	r.hear(t, "hold", "from a to b")
+	waiting := logIn(t, r, false, "alice")
+	for _, event := range []string{"parked", "drained", "ack", "opened"} {
+		r.hear(t, event)
+	}
+	must(t, <-switched)
+	r.hear(t, "login", "alice", "on b")
+	if after := inbox(t, waiting); !slices.Equal(after, before) {
+		t.Errorf("INBOX on b %q, on a %q", after, before)
+	}
+	if err := alice.Noop().Wait(); err == nil {
+		t.Error("the old session goes on")
+	}
+	sessions, err := client.Sessions(t.Context())
+	must(t, err)
+	if len(sessions) != 1 || sessions[0].Backend != "b" || sessions[0].User != "alice" {
+		t.Errorf("sessions: %+v", sessions)
+	}
+
+	r.stop()
+	r.hear(t, "stopped")
+	must(t, <-r.ended)
+	if _, err := net.Dial("tcp", r.tls); err == nil {
+		t.Error("the listener is still there")
+	}
+	if left, _ := os.ReadDir(os.TempDir()); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+	if _, err := os.Lstat(r.socket); err == nil {
+		t.Error("the admin socket is still there")
+	}
+}
+
+// TestDemoPortInUse: it says which port, and what to do.
+func TestDemoPortInUse(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	port := l.Addr().(*net.TCPAddr).Port
+	d := demo{imap: uint16(port), socket: filepath.Join(shortDir(t), "s"), program: "posthouse", out: io.Discard}
+	err = d.run(t.Context())
+	if err == nil {
+		t.Fatal("it ran")
+	}
+	for _, part := range []string{":" + strconv.Itoa(port), "in use", "--imap "} {
+		if !strings.Contains(err.Error(), part) {
+			t.Errorf("the message lacks %q: %v", part, err)
+		}
+	}
+}

@@ -1,0 +1,162 @@
+package admin
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"syscall"
+	"time"
+
+	"github.com/posthouse/posthouse/proxy"
+	"github.com/posthouse/posthouse/routing"
+)
+
+const (
+	// askTimeout bounds everything but a switch.
+	askTimeout = 30 * time.Second
+	// maxLine bounds a line of Progress: a record, with a text that names a
+	// few residues.
+	maxLine = 1 << 20
+)
+
+// Client asks a running frontend.
+type Client struct {
+	socket string
+	http   http.Client
+}
+
+// NewClient returns a client of the admin socket at the path. It connects when
+// it is asked something.
+func NewClient(socket string) *Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}
+	return &Client{socket, http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}}
+}
+
+// Roles lists all roles.
+func (c *Client) Roles(ctx context.Context) (list []Role, err error) {
+	return list, c.get(ctx, "/v1/roles", &list)
+}
+
+// Sessions lists the frontend's connections, oldest first.
+func (c *Client) Sessions(ctx context.Context) (list []proxy.SessionInfo, err error) {
+	return list, c.get(ctx, "/v1/sessions", &list)
+}
+
+// Explain goes through the lookup of a user.
+func (c *Client) Explain(ctx context.Context, user string) (x Explanation, err error) {
+	return x, c.get(ctx, "/v1/explain?user="+url.QueryEscape(user), &x)
+}
+
+// Switch asks for a switch and blocks until its outcome is known or ctx ends;
+// the switch goes on then. progress is told what happens. An aborted switch is
+// an error and has a record.
+func (c *Client) Switch(ctx context.Context, req SwitchRequest, progress func(Progress)) (*routing.SwitchRecord, error) {
+	return c.stream(ctx, "/v1/switch", req, progress)
+}
+
+// InitRole is Switch for a role in doubt.
+func (c *Client) InitRole(ctx context.Context, req InitRequest, progress func(Progress)) (*routing.SwitchRecord, error) {
+	return c.stream(ctx, "/v1/roles/init", req, progress)
+}
+
+func (c *Client) get(ctx context.Context, path string, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	body, err := c.ask(ctx, http.MethodGet, path, nil)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(answer); err != nil {
+		return fmt.Errorf("the answer to %s on %s: %w", path, c.socket, err)
+	}
+	return nil
+}
+
+func (c *Client) stream(ctx context.Context, path string, req any, progress func(Progress)) (*routing.SwitchRecord, error) {
+	body, err := c.ask(ctx, http.MethodPost, path, req)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	in := bufio.NewScanner(body)
+	in.Buffer(nil, maxLine)
+	for in.Scan() {
+		var p Progress
+		if err := json.Unmarshal(in.Bytes(), &p); err != nil {
+			return nil, fmt.Errorf("the answer to %s on %s: %w", path, c.socket, err)
+		}
+		if !p.isLast() {
+			progress(p)
+			continue
+		}
+		if p.Error != nil {
+			return p.Record, p.Error
+		}
+		return p.Record, nil
+	}
+	const advice = "the switch goes on; see `posthouse roles`"
+	switch err := in.Err(); {
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("no longer waiting: %s", advice)
+	case err != nil:
+		return nil, fmt.Errorf("the answer on %s broke off: %w: %s", c.socket, err, advice)
+	}
+	return nil, fmt.Errorf("posthouse on %s ended before the switch: %s", c.socket, advice)
+}
+
+// ask returns the body of a successful answer; the caller closes it.
+func (c *Client) ask(ctx context.Context, method, path string, body any) (io.ReadCloser, error) {
+	var content io.Reader
+	if body != nil {
+		text, err := json.Marshal(body)
+		if err != nil {
+			return nil, err
+		}
+		content = bytes.NewReader(text)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://posthouse"+path, content)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, c.explain(err)
+	}
+	if resp.StatusCode == http.StatusOK {
+		return resp.Body, nil
+	}
+	defer resp.Body.Close()
+	e := new(Error)
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxLine)).Decode(e); err != nil || e.Text == "" {
+		return nil, fmt.Errorf("%s answers %s: is it posthouse's socket?", c.socket, resp.Status)
+	}
+	return nil, e
+}
+
+// explain says what an operator can do about a socket that does not answer.
+func (c *Client) explain(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("no posthouse is running with the socket %s: start it with `posthouse serve -c FILE`, or name the right one by -c FILE or --socket PATH", c.socket)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("this user may not use the socket %s: try as root or as the user that posthouse runs as", c.socket)
+	case errors.Is(err, context.Canceled):
+		return errors.New("interrupted")
+	}
+	var inner *url.Error
+	if errors.As(err, &inner) {
+		err = inner.Err
+	}
+	return fmt.Errorf("asking posthouse on %s: %w", c.socket, err)
+}

@@ -1,0 +1,396 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/user"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/posthouse/posthouse/cmd/posthouse/internal/admin"
+	"github.com/posthouse/posthouse/config"
+	"github.com/posthouse/posthouse/proxy"
+	"github.com/posthouse/posthouse/routing"
+)
+
+// format is the value of -o.
+type format string
+
+func (f *format) String() string { return string(*f) }
+func (f *format) Type() string   { return "text|json" }
+
+func (f *format) Set(s string) error {
+	if s != "text" && s != "json" {
+		return errors.New("choose text or json")
+	}
+	*f = format(s)
+	return nil
+}
+
+// target is what every operator's verb has: which instance, and how to print.
+type target struct {
+	config, socket string
+	out            format
+}
+
+func (t *target) flags(c *cobra.Command) {
+	t.out = "text"
+	c.Flags().StringVarP(&t.config, "config", "c", "", "configuration `FILE` of the instance to ask")
+	c.Flags().StringVar(&t.socket, "socket", "", "admin socket `PATH` of the instance to ask (default "+config.Default().Admin.Socket+")")
+	c.Flags().VarP(&t.out, "output", "o", "how to print")
+	c.MarkFlagsMutuallyExclusive("config", "socket")
+}
+
+// client finds the instance's socket.
+func (t *target) client() (*admin.Client, error) {
+	switch {
+	case t.socket != "":
+		return admin.NewClient(t.socket), nil
+	case t.config != "":
+		cfg, err := config.Load(t.config)
+		if err != nil {
+			return nil, fmt.Errorf("%w\ncorrect the file, or name the instance by --socket PATH", err)
+		}
+		return admin.NewClient(cfg.Admin.Socket), nil
+	}
+	return admin.NewClient(config.Default().Admin.Socket), nil
+}
+
+// print writes an answer as JSON, or as text writes it.
+func (t *target) print(w io.Writer, answer any, text func(io.Writer)) error {
+	if t.out == "json" {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		e.SetEscapeHTML(false)
+		return e.Encode(answer)
+	}
+	var b strings.Builder
+	text(&b)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// operator is who goes into a role's history.
+func operator() string {
+	name := fmt.Sprintf("uid %d", os.Getuid())
+	if u, err := user.Current(); err == nil {
+		name = u.Username
+	}
+	if sudoer := os.Getenv("SUDO_USER"); sudoer != "" && sudoer != name {
+		name = sudoer + " as " + name
+	}
+	return name
+}
+
+func rolesCommand() *cobra.Command {
+	var t target
+	c := &cobra.Command{
+		Use: "roles", Short: "Show which backend serves each role", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			list, err := client.Roles(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return t.print(cmd.OutOrStdout(), list, func(w io.Writer) { printRoles(w, list) })
+		},
+	}
+	t.flags(c)
+	c.AddCommand(initCommand())
+	return c
+}
+
+func printRoles(w io.Writer, list []admin.Role) {
+	tab := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tab, "ROLE\tACTIVE\tEPOCH\tPHASE\tMEMBERS\tSESSIONS\tPARKED\tRESIDUES")
+	for _, r := range list {
+		active := r.Active
+		if active == "" {
+			active = "nobody"
+		}
+		fmt.Fprintf(tab, "%s\t%s\t%d\t%s\t%s\t%d\t%d\t%d\n", r.Role, active, r.Epoch, r.Phase, strings.Join(r.Members, ","),
+			r.Inside, r.Parked, len(r.Residues)+len(r.Unhanded))
+	}
+	_ = tab.Flush() // to memory
+	for _, r := range list {
+		if r.InDoubt {
+			fmt.Fprintf(w, "\n%s is in doubt: %s.\n  Find out which backend served last, then: posthouse roles init %s --active BACKEND\n",
+				r.Role, r.Doubt.Why, r.Role)
+		}
+		if sw := r.Switch; sw != nil {
+			fmt.Fprintf(w, "\n%s: switch %d to %s by %s since %s", r.Role, sw.Number, sw.To, sw.Who, clock(sw.Started))
+			if sw.Why != "" {
+				fmt.Fprintf(w, " (%s)", sw.Why)
+			}
+			if len(r.Missing) > 0 {
+				fmt.Fprintf(w, ", waits for the ack of %s", strings.Join(r.Missing, ", "))
+			}
+			if r.Below > 0 {
+				fmt.Fprintf(w, ", sessions that still drain here: %d", r.Below)
+			}
+			fmt.Fprintln(w)
+		}
+		printResidues(w, r.Role, slices.Concat(r.Residues, r.Unhanded))
+	}
+}
+
+// mostResidues are printed as text: a switch of a busy role can leave
+// thousands.
+const mostResidues = 20
+
+func printResidues(w io.Writer, role string, all []routing.Residue) {
+	if len(all) == 0 {
+		return
+	}
+	fmt.Fprintf(w, "\nResidues of %s, work that may still run:\n", role)
+	for i, r := range all {
+		if i == mostResidues {
+			fmt.Fprintf(w, "  and %d more (-o json shows all)\n", len(all)-i)
+			return
+		}
+		user := r.User
+		if user == "" {
+			user = "unknown users"
+		}
+		fmt.Fprintf(w, "  %s on %s since %s: %s (frontend %s)\n", user, r.Backend, clock(r.Since), r.Why, r.Frontend)
+	}
+}
+
+func initCommand() *cobra.Command {
+	var t target
+	var req admin.InitRequest
+	c := &cobra.Command{
+		Use: "init ROLE --active BACKEND", Short: "Decide who serves a role that is in doubt", Args: cobra.ExactArgs(1),
+		Long: "Decide who serves a role that is in doubt, because the role table was lost or put back to an older\n" +
+			"state, or that is not in the table yet. Find out first which backend served last: it has the newest mail.\n" +
+			"The role opens when every frontend has confirmed that nobody is inside elsewhere.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			req.Role, req.Who = args[0], operator()
+			rec, err := client.InitRole(cmd.Context(), req, narrate(cmd.ErrOrStderr()))
+			return t.ended(cmd, rec, err)
+		},
+	}
+	t.flags(c)
+	c.Flags().StringVar(&req.Active, "active", "", "the `BACKEND` that serves the role from now on")
+	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
+	_ = c.MarkFlagRequired("active") // it is defined above
+	return c
+}
+
+func switchCommand() *cobra.Command {
+	var t target
+	var req admin.SwitchRequest
+	c := &cobra.Command{
+		Use: "switch ROLE --to BACKEND", Short: "Make another backend serve a role", Args: cobra.ExactArgs(1),
+		Long: "Make another backend serve a role. New logins wait while the sessions on the old backend end in good\n" +
+			"order; when every frontend has confirmed that nobody is there any more, the new backend opens. If that\n" +
+			"takes longer than limits.switch_budget the switch is aborted and the old backend serves on: exit code 1.\n" +
+			"Interrupting this command does not stop the switch.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			req.Role, req.Who = args[0], operator()
+			rec, err := client.Switch(cmd.Context(), req, narrate(cmd.ErrOrStderr()))
+			return t.ended(cmd, rec, err)
+		},
+	}
+	t.flags(c)
+	c.Flags().StringVar(&req.To, "to", "", "the `BACKEND` that shall serve the role")
+	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
+	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false,
+		"I have looked: nothing of the role's past sessions runs on its backends (clears the residues)")
+	_ = c.MarkFlagRequired("to") // it is defined above
+	return c
+}
+
+// narrate prints a switch's progress, one line each.
+func narrate(w io.Writer) func(admin.Progress) {
+	return func(p admin.Progress) {
+		switch {
+		case p.Waiting != "":
+			fmt.Fprintf(w, "waiting for %s\n", p.Waiting)
+		case p.Event != nil:
+			if text := tell(*p.Event); text != "" {
+				fmt.Fprintln(w, text)
+			}
+		}
+	}
+}
+
+// tell is an event of the role table in words; "" if it says nothing to people.
+func tell(e routing.Event) string {
+	switch e.Kind {
+	case routing.EventHeld:
+		return fmt.Sprintf("hold     %s: switch %d from %s to %s, new logins wait", e.Role, e.Number, e.Backend, e.To)
+	case routing.EventParked:
+		return fmt.Sprintf("parked   %s waits for %s", e.User, e.Role)
+	case routing.EventRevoked:
+		return fmt.Sprintf("drain    %s must leave %s", e.User, e.Backend)
+	case routing.EventAcked:
+		return fmt.Sprintf("ack      frontend %s has nobody inside %s below epoch %d", e.Frontend, e.Role, e.Epoch)
+	case routing.EventPhase:
+		return fmt.Sprintf("phase    %s: %s", e.Role, e.Text)
+	case routing.EventOpened:
+		return fmt.Sprintf("opened   %s on %s, epoch %d", e.Role, e.Backend, e.Epoch)
+	case routing.EventAborted:
+		return fmt.Sprintf("aborted  %s stays on %s, epoch %d: %s", e.Role, e.Backend, e.Epoch, e.Text)
+	case routing.EventResidue:
+		return fmt.Sprintf("residue  work of %s may still run on %s: %s", e.User, e.Backend, e.Text)
+	case routing.EventDoubt:
+		return fmt.Sprintf("doubt    %s: %s", e.Role, e.Text)
+	case routing.EventDisagreement:
+		return fmt.Sprintf("disagree %s stays in %s: %s", e.User, e.Role, e.Text)
+	case routing.EventBuried:
+		return fmt.Sprintf("buried   frontend %s ended without a goodbye", e.Frontend)
+	case routing.EventLost:
+		return fmt.Sprintf("lost     frontend %s is not registered any more", e.Frontend)
+	}
+	return ""
+}
+
+// ended prints how a switch ended, if that is known, and returns err.
+func (t *target) ended(cmd *cobra.Command, rec *routing.SwitchRecord, err error) error {
+	if rec == nil || err != nil && t.out == "text" {
+		return err
+	}
+	printErr := t.print(cmd.OutOrStdout(), rec, func(w io.Writer) {
+		fmt.Fprintf(w, "%s is on %s in epoch %d; switch %d took %v\n", rec.Role, rec.To, rec.Epoch, rec.Number,
+			rec.Ended.Sub(rec.Started).Round(time.Millisecond))
+	})
+	if err == nil {
+		err = printErr
+	}
+	return err
+}
+
+func explainCommand() *cobra.Command {
+	var t target
+	c := &cobra.Command{
+		Use: "explain USER", Short: "Show every step of a user's lookup, without side effects", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			x, err := client.Explain(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return t.print(cmd.OutOrStdout(), x, func(w io.Writer) { printExplanation(w, x) })
+		},
+	}
+	t.flags(c)
+	return c
+}
+
+func printExplanation(w io.Writer, x admin.Explanation) {
+	tab := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	line := func(what, format string, args ...any) { fmt.Fprintf(tab, what+"\t"+format+"\n", args...) }
+	line("asked", "%s", x.Asked)
+	if x.User != "" {
+		line("user", "%s", x.User)
+		line("directory", "role %s", x.DirectoryRole)
+	}
+	if x.LastRole != "" {
+		line("last seen here", "role %s", x.LastRole)
+	}
+	if x.OverrideRole != "" {
+		line("override", "role %s", x.OverrideRole)
+	}
+	if x.Disagrees {
+		line("disagreement", "the directory names another role than the last one; the last one counts")
+	}
+	if x.Role != "" {
+		line("role", "%s", x.Role)
+	}
+	if x.Backend != "" {
+		var at []string
+		for _, service := range slices.Sorted(maps.Keys(x.Addresses)) {
+			at = append(at, service+" "+x.Addresses[service])
+		}
+		line("backend", "%s in epoch %d (%s)", x.Backend, x.Epoch, strings.Join(at, ", "))
+	}
+	for _, s := range x.Sessions {
+		leaving := ""
+		if s.Revoked {
+			leaving = ", must leave"
+		}
+		line("session here", "on %s in epoch %d since %s%s", s.Backend, s.Epoch, clock(s.Since), leaving)
+	}
+	switch {
+	case x.Error != "":
+		line("a login now", "fails: %s", x.Error)
+	case x.Doubt != nil && x.Backend == "":
+		line("a login now", "fails: %s", x.Parks)
+	case x.Parks != "":
+		line("a login now", "waits: %s", x.Parks)
+	default:
+		line("a login now", "goes to %s", x.Backend)
+	}
+	_ = tab.Flush() // to memory
+	printResidues(w, x.Role, x.Residues)
+}
+
+func sessionsCommand() *cobra.Command {
+	var t target
+	c := &cobra.Command{
+		Use: "sessions", Short: "List the connections and what each is doing", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			list, err := client.Sessions(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return t.print(cmd.OutOrStdout(), list, func(w io.Writer) { printSessions(w, list) })
+		},
+	}
+	t.flags(c)
+	return c
+}
+
+func printSessions(w io.Writer, list []proxy.SessionInfo) {
+	tab := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tab, "SESSION\tPROTOCOL\tCLIENT\tUSER\tROLE\tBACKEND\tSINCE\tUP\tDOWN\tACTION")
+	for _, s := range list {
+		fmt.Fprintf(tab, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%s\n", s.ID, s.Protocol, s.Client, orDash(s.User), orDash(s.Role),
+			orDash(s.Backend), clock(s.Since), s.Up, s.Down, s.Action)
+	}
+	_ = tab.Flush() // to memory
+}
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// clock is a point in time as an operator reads it: the day only if it is not
+// today.
+func clock(at time.Time) string {
+	at = at.Local()
+	if time.Since(at) < 24*time.Hour && at.Day() == time.Now().Day() {
+		return at.Format(time.TimeOnly)
+	}
+	return at.Format(time.DateTime)
+}

@@ -1,0 +1,254 @@
+package config
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"math/big"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+var update = flag.Bool("update", false, "write the .err files anew")
+
+// site is a directory with every file that the configurations of testdata name.
+func site(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	cert, key := pair(t)
+	_, otherKey := pair(t)
+	for name, content := range map[string]string{
+		"fullchain.pem": cert,
+		"privkey.pem":   key,
+		"other.key":     otherKey,
+		"ca.pem":        cert,
+		"users.passwd":  "alice:{PLAIN}secret\n",
+		"users.map":     "alice: ma01\n",
+		"proxy.secret":  "hunter2\n",
+		"open.secret":   "hunter2\n",
+		"empty.secret":  "\n",
+		"lines.secret":  "hunter2\nhunter3\n",
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(filepath.Join(dir, "open.secret"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// pair makes a self-signed certificate and its key, as PEM.
+func pair(t testing.TB) (cert, key string) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	encode := func(kind string, der []byte) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}))
+	}
+	return encode("CERTIFICATE", der), encode("PRIVATE KEY", keyDER)
+}
+
+// loadText loads content as posthouse.yaml of a fresh site.
+func loadText(t *testing.T, content string) (*Config, string, error) {
+	t.Helper()
+	dir := site(t)
+	path := filepath.Join(dir, "posthouse.yaml")
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := Load(path)
+	return cfg, dir, err
+}
+
+// TestBad loads each testdata/*.bad.yml and compares all its faults with the
+// .err file beside it.
+func TestBad(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.bad.yml")
+	if err != nil || len(files) == 0 {
+		t.Fatal("no testdata", err)
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			content, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg, dir, err := loadText(t, string(content))
+			var errs Errors
+			if !errors.As(err, &errs) || cfg != nil {
+				t.Fatalf("loaded as %v, with error %v; want no configuration and an Errors", cfg, err)
+			}
+			got := strings.ReplaceAll(err.Error(), dir+"/", "") + "\n"
+			got = strings.ReplaceAll(got, dir, ".")
+			if strings.Contains(got, "hunter") {
+				t.Errorf("a password in\n%s", got)
+			}
+			expected := strings.TrimSuffix(file, ".bad.yml") + ".err"
+			if *update {
+				if err := os.WriteFile(expected, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(expected)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("got\n%s\nwant\n%s", got, want)
+			}
+		})
+	}
+}
+
+func TestGood(t *testing.T) {
+	content, err := os.ReadFile("testdata/good.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, dir, err := loadText(t, string(content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := Default()
+	want.Hostname = "mail.example.org"
+	want.StateDir = dir + "/state"
+	want.Listeners = []Listener{{ProtocolIMAP, "127.0.0.1:1143", TLSStartTLS}, {ProtocolSieve, "[::1]:14190", TLSStartTLS}}
+	want.TLS = TLS{[]Certificate{{dir + "/fullchain.pem", dir + "/privkey.pem"}}, "1.3"}
+	want.Auth = []Auth{{AuthFile, dir + "/users.passwd", []string{"root", "cyrus"}}}
+	want.Directory = []Directory{{"file", dir + "/users.map"}}
+	want.Usernames = Usernames{Lowercase: false, Allow: "+/"}
+	tls := BackendTLS{Mode: TLSImplicit, CA: dir + "/ca.pem", ServerName: "mail.example.org"}
+	want.Backends = map[string]Backend{
+		"a": {IMAP: "10.0.0.11:143", Sieve: "10.0.0.11:4190", LMTP: "10.0.0.11:24", TLS: tls,
+			Login: Login{"proxy", dir + "/proxy.secret", StyleMasterUser}, Done: DoneLogout},
+		"b.two": {IMAP: "127.0.0.1:143", Sieve: "localhost:4190", TLS: BackendTLS{Mode: TLSOff}, Login: Login{Style: StyleReplay}, Done: DoneEOF},
+		"c": {IMAP: "mail.example.net:143", Sieve: "mail.example.net:4190", TLS: tls, Login: Login{Style: StyleReplay}, Done: DoneLogout,
+			InsecurePlaintext: true},
+	}
+	want.Roles = map[string]Role{"ma01": {[]string{"a", "b.two"}, "b.two"}}
+	want.Admin = Admin{Socket: dir + "/admin.sock", SocketMode: 0o660}
+	want.Limits.ResidueMaxAge = 0
+	want.Limits.AuthFailureDelay = 0
+	want.Log = Log{"debug", "console"}
+	want.Greeting.SieveCapabilities = []string{"fileinto", "vnd.dovecot.pipe", "comparator-i;ascii-numeric"}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+// TestExample is the file of the issue, complete.
+func TestExample(t *testing.T) {
+	cfg, dir, err := loadText(t, Example())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := cfg.Backends["a"].Login.PasswordFile, dir+"/proxy.secret"; got != want {
+		t.Errorf("password file %s, want %s", got, want)
+	}
+	for service, want := range map[string]string{"imap": "10.0.0.12:143", "pop3": "10.0.0.12:110", "sieve": "10.0.0.12:4190", "lmtp": "10.0.0.12:24", "smtp": ""} {
+		if got := cfg.Backends["b"].Address(service); got != want {
+			t.Errorf("%s at %q, want %q", service, got, want)
+		}
+	}
+}
+
+const minimal = `
+listeners: [{protocol: imap, address: ":1143", tls: starttls}]
+tls: {certificates: [{cert: fullchain.pem, key: privkey.pem}]}
+auth: [{type: file, path: users.passwd}]
+directory: [{type: file, path: users.map}]
+backends: {a: {imap: "10.0.0.1:143"}}
+roles: {r: {members: [a], active: a}}
+`
+
+// TestDefaults asserts every default, by loading a file that sets none.
+func TestDefaults(t *testing.T) {
+	got, dir, err := loadText(t, minimal+"limits:\nlog: ~\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hostname, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &Config{
+		Hostname:  hostname,
+		StateDir:  "/var/lib/posthouse",
+		Store:     Store{"file"},
+		Listeners: []Listener{{"imap", ":1143", "starttls"}},
+		TLS:       TLS{[]Certificate{{dir + "/fullchain.pem", dir + "/privkey.pem"}}, "1.2"},
+		Auth:      []Auth{{Type: "file", Path: dir + "/users.passwd"}},
+		Directory: []Directory{{"file", dir + "/users.map"}},
+		Usernames: Usernames{Lowercase: true},
+		Backends:  map[string]Backend{"a": {IMAP: "10.0.0.1:143", TLS: BackendTLS{Mode: "starttls"}, Login: Login{Style: "replay"}, Done: "logout"}},
+		Roles:     map[string]Role{"r": {[]string{"a"}, "a"}},
+		Admin:     Admin{"/run/posthouse/admin.sock", 0o600, ""},
+		Limits: Limits{
+			PreauthTimeout: time.Minute, AuthTries: 3, BadCommands: 10, AuthFailureDelay: 2 * time.Second,
+			HoldWindow: 25 * time.Second, SwitchBudget: 20 * time.Second, DrainTimeout: 10 * time.Second,
+			ShutdownTimeout: 30 * time.Second, ResidueMaxAge: 15 * time.Minute, IdleTimeout: 35 * time.Minute,
+			ConnectTimeout: 5 * time.Second, BackendLoginTimeout: 30 * time.Second, BackendLogins: 64,
+			MaxConnections: 100000, MaxConnectionsPerIP: 1000, MaxParked: 20000,
+			WriteTimeout: 5 * time.Minute, Keepalive: 2 * time.Minute,
+		},
+		Log: Log{"info", "json"},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+func TestLoadAbsentFile(t *testing.T) {
+	_, err := Load("testdata/absent.yml")
+	const want = "testdata/absent.yml:1: cannot be read: no such file or directory; name a configuration file that this user may read"
+	if err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}
+
+func TestReadSecret(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "secret")
+	for _, tt := range []struct{ content, want string }{
+		{"hunter2", "hunter2"},
+		{"hunter2\n", "hunter2"},
+		{"hunter2\r\n", "hunter2"},
+		{" with spaces ", " with spaces "},
+		{"", ""},
+		{"\n", ""},
+		{"hunter2\n\n", ""},
+		{"hun\x00ter2", ""},
+		{strings.Repeat("x", maxSecret+1), ""},
+	} {
+		if err := os.WriteFile(path, []byte(tt.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := ReadSecret(path)
+		if got != tt.want || (err == nil) != (tt.want != "") {
+			t.Errorf("%.20q: got %q, %v", tt.content, got, err)
+		}
+		if err != nil && strings.Contains(err.Error(), "hun") {
+			t.Errorf("%.20q: secret in %v", tt.content, err)
+		}
+	}
+}

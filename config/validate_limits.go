@@ -1,0 +1,59 @@
+package config
+
+import (
+	"fmt"
+	"reflect"
+	"time"
+)
+
+const (
+	// minIdle: RFC 9051 §5.4 demands at least 30 minutes, and clients renew
+	// IDLE every 29; the rest is room for a slow network.
+	minIdle = 31 * time.Minute
+	// maxKeepalive is when ipvs forgets an idle flow.
+	maxKeepalive = 15 * time.Minute
+)
+
+func (v *validation) limits() {
+	v.positive()
+	l := v.cfg.Limits
+	v.less("switch_budget", l.SwitchBudget, "hold_window", l.HoldWindow, "a switch that fails must not have refused anybody")
+	v.less("drain_timeout", l.DrainTimeout, "switch_budget", l.SwitchBudget, "a switch needs time left after the drain")
+	v.less("auth_failure_delay", l.AuthFailureDelay, "preauth_timeout", l.PreauthTimeout, "nobody could try twice")
+	v.less("drain_timeout", l.DrainTimeout, "shutdown_timeout", l.ShutdownTimeout+1, "sessions could not be drained at the end")
+	v.less("connect_timeout", l.ConnectTimeout, "backend_login_timeout", l.BackendLoginTimeout+1, "the login would be given up first")
+	if l.IdleTimeout > 0 && l.IdleTimeout <= minIdle {
+		v.faultAt("limits.idle_timeout", l.IdleTimeout.String()+" is too short: clients may be silent for 30 minutes (RFC 9051 §5.4)", "set it to more than 31m")
+	}
+	if l.Keepalive >= maxKeepalive {
+		v.faultAt("limits.keepalive", l.Keepalive.String()+" is too long: ipvs forgets an idle flow after 15 minutes", "set it to less than 15m, such as 120s")
+	}
+}
+
+// mayBeZero are the limits for which 0s means none or never.
+var mayBeZero = map[string]bool{"auth_failure_delay": true, "residue_max_age": true}
+
+// positive reports limits that are not greater than zero.
+func (v *validation) positive() {
+	limits := reflect.ValueOf(v.cfg.Limits)
+	for i := range limits.NumField() {
+		key := limits.Type().Field(i).Tag.Get("yaml")
+		value := limits.Field(i).Int()
+		if value < 0 || value == 0 && !mayBeZero[key] {
+			v.faultAt("limits."+key, fmt.Sprint(limits.Field(i).Interface())+" is not greater than zero", "raise it, or remove it for the default")
+		}
+	}
+}
+
+// less reports that limit a is not less than limit b, at whichever of them the
+// file holds.
+func (v *validation) less(a string, low time.Duration, b string, high time.Duration, why string) {
+	if low < high {
+		return
+	}
+	at := "limits." + a
+	if !v.written(at) {
+		at = "limits." + b
+	}
+	v.faultAt(at, fmt.Sprintf("%s (%s) is too long for %s (%s): %s", a, low, b, high.Truncate(time.Microsecond), why), "lower "+a+" or raise "+b)
+}

@@ -1,0 +1,101 @@
+package integration
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// deadSite is an installation whose backends do not exist: for what is decided
+// before a backend is asked.
+func deadSite(t testing.TB) *site {
+	t.Helper()
+	a, b := backend{nextHost(), "a.test", "authzid", "eof"}, backend{nextHost(), "b.test", "authzid", "eof"}
+	return newSite(t, a, b, "u0001")
+}
+
+// TestSafety09: a copied state directory is refused, because two processes
+// would share one identity.
+func TestSafety09CopiedStateDir(t *testing.T) {
+	t.Parallel()
+	p := startFrontend(t, deadSite(t))
+	p.stop(t)
+	file := filepath.Join(p.site.stateDir(), "machine-id")
+	mine := readFile(t, file)
+	must(t, os.WriteFile(file, []byte(strings.Repeat("0", len(strings.TrimSpace(mine)))+"\n"), 0o600))
+
+	p.start(t)
+	if said := p.refuses(t); !strings.Contains(said, "machine") || !strings.Contains(said, p.site.stateDir()) {
+		t.Errorf("does not say that the state directory is another machine's: %s", said)
+	}
+
+	must(t, os.WriteFile(file, []byte(mine), 0o600))
+	p.start(t)
+	p.ready(t)
+}
+
+// TestSafety14: the table vanishes, or an older copy is put in its place. The
+// store is in doubt: nobody is admitted until an operator decides, and nothing
+// is seeded anew from the configuration.
+func TestSafety14TableGoesBack(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name string
+		harm func(t *testing.T, table string, older []byte)
+	}{
+		{"removed", func(t *testing.T, table string, _ []byte) { must(t, os.Remove(table)) }},
+		{"older", func(t *testing.T, table string, older []byte) { must(t, os.WriteFile(table, older, 0o600)) }},
+		{"emptied", func(t *testing.T, table string, _ []byte) { must(t, os.Truncate(table, 0)) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			a, b := newDovecot(t), newDovecot(t)
+			p := startFrontend(t, newSite(t, a.backend(), b.backend(), "u0001"))
+			table := filepath.Join(p.site.stateDir(), "table.json")
+			older, err := os.ReadFile(table)
+			must(t, err)
+			mustOpen(t, p.switchTo(t, "b"))
+			p.stop(t)
+			if newer, _ := os.ReadFile(table); bytes.Equal(newer, older) {
+				t.Fatal("the switch has not changed the table")
+			}
+
+			c.harm(t, table, older)
+			p.start(t)
+			within(t, 10*time.Second, "the listener is there", func() bool { return accepts(p.imap()) })
+			stdout, stderr, _ := p.cli(t, "roles")
+			if !strings.Contains(stdout+stderr, "doubt") {
+				t.Errorf("posthouse roles does not speak of doubt: %s%s", stdout, stderr)
+			}
+			_, err = imapLogin(p.imap(), p.name, "u0001", password, 40*time.Second)
+			if err == nil || !strings.Contains(err.Error(), "[UNAVAILABLE]") {
+				t.Errorf("a login while the store is in doubt: %v", err)
+			}
+			if strings.Contains(a.logText(), "Login: user=") {
+				t.Errorf("somebody was let in to a, which is not active any more:\n%s", a.logText())
+			}
+		})
+	}
+}
+
+// TestSafety30: a second frontend that has another address for a backend is
+// refused at start; the first is not disturbed.
+func TestSafety30OtherAddress(t *testing.T) {
+	t.Parallel()
+	s := deadSite(t)
+	first := startFrontend(t, s)
+	was := s.backends["a"]
+	s.backends["a"] = backend{nextHost(), was.cert, was.style, was.done}
+	second := newFrontend(t, s)
+	second.start(t)
+	said := second.refuses(t)
+	for _, part := range []string{was.host, s.backends["a"].host} {
+		if !strings.Contains(said, part) {
+			t.Errorf("the refusal does not name %s: %s", part, said)
+		}
+	}
+	first.mustBeOn(t, "a")
+}

@@ -1,0 +1,125 @@
+package proxy
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// offersPatience bounds the first round, before the first client: a backend
+// that is down must not keep a frontend from starting.
+const offersPatience = 2 * time.Second
+
+// offers knows what the backends announce before login. A client may be told
+// no more than what every active backend has (G8), since nobody knows yet
+// which of them it will get.
+type offers struct {
+	server *Server
+
+	mu      sync.Mutex
+	learned map[string]map[string][]string // protocol → backend → tokens
+}
+
+func newOffers(s *Server) *offers {
+	return &offers{server: s, learned: make(map[string]map[string][]string)}
+}
+
+// learn records what a backend has announced.
+func (o *offers) learn(protocol, backend string, announced []string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.learned[protocol] == nil {
+		o.learned[protocol] = make(map[string][]string)
+	}
+	o.learned[protocol][backend] = announced
+}
+
+// shared returns the tokens that all active backends announce, in the first
+// one's order. A backend that was never met does not count: it serves nobody.
+func (o *offers) shared(protocol string) []string {
+	actives := o.server.options.Table.ActiveBackends()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var common []string
+	first := true
+	for _, backend := range actives {
+		announced, met := o.learned[protocol][backend]
+		switch {
+		case !met:
+		case first:
+			common, first = slices.Clone(announced), false
+		default:
+			common = slices.DeleteFunc(common, func(token string) bool { return !has(announced, token) })
+		}
+	}
+	return common
+}
+
+// start asks the actives once, for at most offersPatience, and goes on asking
+// until ctx ends.
+func (o *offers) start(ctx context.Context) {
+	if o.server.options.AskEvery == 0 {
+		return
+	}
+	once, cancel := context.WithTimeout(ctx, offersPatience)
+	o.ask(once)
+	cancel()
+	o.server.running.Go(func() { o.keepAsking(ctx) })
+}
+
+func (o *offers) keepAsking(ctx context.Context) {
+	for {
+		// Which backends are active decides, not that the table has changed.
+		known := o.server.options.Table.ActiveBackends()
+		timer := time.NewTimer(o.server.options.AskEvery)
+		for changed := false; !changed; {
+			select {
+			case <-ctx.Done():
+				timer.Stop()
+				return
+			case <-timer.C:
+				changed = true
+			case <-o.server.options.Table.Changed():
+				changed = !slices.Equal(known, o.server.options.Table.ActiveBackends())
+			}
+		}
+		timer.Stop()
+		o.ask(ctx)
+	}
+}
+
+// ask meets every active backend on every protocol that is served, and never
+// logs in.
+func (o *offers) ask(ctx context.Context) {
+	protocols := make(map[string]bool)
+	for _, l := range o.server.options.Listeners {
+		protocols[l.Protocol] = true
+	}
+	var asking sync.WaitGroup
+	for _, name := range o.server.options.Table.ActiveBackends() {
+		backend, ok := o.server.options.Backends.Backend(name)
+		if !ok {
+			continue
+		}
+		for _, protocol := range slices.Sorted(maps.Keys(protocols)) {
+			asking.Go(func() {
+				d := o.server.protocols[protocol]()
+				b, announced, err := o.server.meet(ctx, d, protocol, backend)
+				if err != nil {
+					o.server.log.Warn("could not ask a backend what it announces", zap.String("backend", name),
+						zap.String("protocol", protocol), zap.Error(err))
+					return
+				}
+				o.learn(protocol, name, announced)
+				b.deadline(time.Now().Add(answerTimeout))
+				_ = b.writeLines(d.partingWords()) // politeness; the connection closes either way
+				b.close()
+			})
+		}
+	}
+	asking.Wait()
+}

@@ -1,0 +1,148 @@
+package proxy
+
+import (
+	"bytes"
+	"strings"
+
+	"github.com/posthouse/posthouse/proxy/splice"
+)
+
+// sieveTracker follows a spliced ManageSieve session (RFC 5804). Its LOGOUT
+// has no tag: the proof is that the backend answers and then ends the stream
+// by itself.
+type sieveTracker struct {
+	up, down lineScan
+	logout   bool // the client has sent LOGOUT
+	said     bool // we have
+	final    bool // the backend's last line was a final response (OK, NO, BYE)
+	bye      bool // it was a BYE
+	held     []byte
+	out      []byte
+}
+
+func (d *sieveDialect) tracker() splice.Tracker { return &sieveTracker{} }
+
+func (t *sieveTracker) Up(p []byte) error {
+	whole := t.up.atStart() // the line at hand lies in p from its start
+	for len(p) > 0 {
+		n, line := t.up.next(p)
+		p = p[n:]
+		if !line {
+			continue
+		}
+		if m := t.up.marker(); m.found {
+			t.up.resume(m.octets)
+			continue
+		}
+		verb, _, _ := bytes.Cut(t.up.line(), []byte(" "))
+		switch strings.ToUpper(string(verb)) {
+		case "LOGOUT":
+			t.logout = true
+		case "UNAUTHENTICATE":
+			if whole {
+				t.up.reset() // nothing of it has gone out
+			}
+			return errUnauthenticate
+		}
+		t.up.reset()
+		whole = true
+	}
+	return nil
+}
+
+// Down holds back a final response once we have said LOGOUT: it is our
+// answer if nothing follows, the client's if something does.
+func (t *sieveTracker) Down(p []byte) []byte {
+	if !t.said {
+		for rest := p; len(rest) > 0; {
+			n, line := t.down.next(rest)
+			rest = rest[n:]
+			if line {
+				t.response()
+			}
+		}
+		return p
+	}
+	t.out = t.out[:0]
+	for len(p) > 0 {
+		if t.down.atStart() && t.final {
+			t.out = append(t.out, t.held...)
+			t.held = t.held[:0]
+		}
+		n, line := t.down.next(p)
+		t.held = append(t.held, p[:n]...)
+		p = p[n:]
+		if line {
+			t.response()
+		}
+		if !t.couldBeFinal() {
+			t.out = append(t.out, t.held...)
+			t.held = t.held[:0]
+		}
+	}
+	return t.out
+}
+
+// couldBeFinal says that the line at hand is, or may become, a final response.
+func (t *sieveTracker) couldBeFinal() bool {
+	if t.down.atStart() {
+		return t.final
+	}
+	head := bytes.ToUpper(t.down.head[:t.down.headLen])
+	for _, word := range []string{"OK", "NO", "BYE"} {
+		n := min(len(head), len(word))
+		if string(head[:n]) == word[:n] {
+			return true
+		}
+	}
+	return false
+}
+
+func (t *sieveTracker) response() {
+	if m := t.down.marker(); m.found {
+		t.down.resume(m.octets)
+		return
+	}
+	word, _, _ := bytes.Cut(t.down.line(), []byte(" "))
+	w := strings.ToUpper(string(word))
+	t.bye = w == "BYE"
+	t.final = t.bye || w == "OK" || w == "NO"
+	t.down.reset()
+}
+
+func (t *sieveTracker) Farewell() []byte {
+	if t.logout || !t.up.atStart() {
+		return nil
+	}
+	t.said = true
+	return []byte("LOGOUT\r\n")
+}
+
+func (t *sieveTracker) Leaving() bool { return t.logout }
+func (t *sieveTracker) Nudge() []byte { return nil }
+
+// Proven waits for the end of the stream.
+func (t *sieveTracker) Proven() bool { return false }
+
+func (t *sieveTracker) Ended(clean, halfClosed, eofProves bool) bool {
+	if !clean {
+		return false
+	}
+	return eofProves || t.final && !halfClosed && (t.said || t.logout || t.bye)
+}
+
+func (t *sieveTracker) LastWords(why splice.Cause) []byte {
+	// After our LOGOUT the answer held back is a line of its own; before
+	// anything can be said the stream must stand at a line's start.
+	if !t.down.atStart() {
+		return nil
+	}
+	if t.bye {
+		return t.held
+	}
+	switch why {
+	case splice.ClientClosed, splice.ClientLost:
+		return nil
+	}
+	return []byte(`BYE (TRYLATER) "` + farewellText(why) + "\"\r\n") // RFC 5804 §1.3, §2.3
+}

@@ -1,0 +1,152 @@
+package routing
+
+import (
+	"context"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// EventKind says what happened.
+type EventKind string
+
+const (
+	EventHeld         EventKind = "held"         // a role stops admitting
+	EventParked       EventKind = "parked"       // a login waits
+	EventRevoked      EventKind = "revoked"      // a stay must end
+	EventResidue      EventKind = "residue"      // a stay ended without proof
+	EventAcked        EventKind = "acked"        // a frontend has nobody inside below the epoch
+	EventPhase        EventKind = "phase"        // a hook phase was entered
+	EventOpened       EventKind = "opened"       // the new active serves
+	EventAborted      EventKind = "aborted"      // the old active serves again
+	EventDoubt        EventKind = "doubt"        // the store went back
+	EventDisagreement EventKind = "disagreement" // the directory names another role than before
+	EventBuried       EventKind = "buried"       // a frontend ended without a goodbye
+	EventLost         EventKind = "lost"         // this frontend's registration is gone
+)
+
+// Event is something an operator may want to see as it happens. Which fields
+// are set depends on the kind.
+type Event struct {
+	At       time.Time `json:"at"`
+	Kind     EventKind `json:"kind"`
+	Role     string    `json:"role,omitempty"`
+	Backend  string    `json:"backend,omitempty"`
+	To       string    `json:"to,omitempty"`
+	User     string    `json:"user,omitempty"`
+	Frontend string    `json:"frontend,omitempty"`
+	Epoch    uint64    `json:"epoch,omitempty"`
+	Number   uint64    `json:"number,omitempty"` // of the switch
+	Text     string    `json:"text,omitempty"`
+}
+
+// emit queues an event: announce logs it and passes it on.
+func (t *Table) emit(e Event) {
+	t.mu.Lock()
+	t.emitLocked(e)
+	t.mu.Unlock()
+	t.wakeAnnouncer()
+}
+
+func (t *Table) emitLocked(e Event) {
+	e.At = time.Now()
+	t.events = append(t.events, e)
+}
+
+func (t *Table) wakeAnnouncer() {
+	select {
+	case t.news <- struct{}{}:
+	default:
+	}
+}
+
+// announce tells the log and OnEvent what happens, in order, until ctx ends.
+func (t *Table) announce(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.news:
+			t.tellAll()
+		}
+	}
+}
+
+func (t *Table) tellAll() {
+	t.mu.Lock()
+	events := t.events
+	t.events = nil
+	t.mu.Unlock()
+	for _, e := range events {
+		t.logEvent(e)
+		if t.opt.OnEvent != nil {
+			t.opt.OnEvent(e)
+		}
+	}
+}
+
+func (t *Table) logEvent(e Event) {
+	fields := []zap.Field{zap.String("role", e.Role), zap.Uint64("epoch", e.Epoch), zap.Uint64("switch", e.Number),
+		zap.String("backend", e.Backend), zap.String("to", e.To), zap.String("user", e.User), zap.String("frontend", e.Frontend),
+		zap.String("text", e.Text)}
+	switch e.Kind {
+	case EventDoubt:
+		t.log.Error("role is in doubt: the store went back; decide with `posthouse roles init`", fields...)
+	case EventLost:
+		t.log.Error("this frontend's registration is gone: draining everything, then registering anew", fields...)
+	case EventDisagreement:
+		t.log.Error("role disagreement: the directory has another role than the user was last in; the old one stays until `posthouse move`", fields...)
+	case EventBuried:
+		t.log.Warn("frontend ended without a goodbye: unknown work of its users may still run", fields...)
+	case EventHeld, EventPhase, EventOpened, EventAborted:
+		t.log.Info("role "+string(e.Kind), fields...)
+	default:
+		t.log.Debug("role "+string(e.Kind), fields...)
+	}
+}
+
+// changes tells what happened to the roles between two States.
+func changes(old, now *State) []Event {
+	var events []Event
+	for _, role := range sortedKeys(now.Roles) {
+		was, is := old.Roles[role], now.Roles[role]
+		events = append(events, roleChanges(role, was, is)...)
+		for _, id := range sortedKeys(now.Frontends) {
+			f := now.Frontends[id].Floors[role]
+			if o, known := old.Frontends[id]; known && f > o.Floors[role] {
+				events = append(events, Event{Kind: EventAcked, Role: role, Frontend: id, Epoch: f})
+			}
+		}
+	}
+	for _, rec := range now.History {
+		if len(old.History) == 0 || rec.Number > old.History[len(old.History)-1].Number {
+			kind, serves := EventOpened, rec.To
+			if !rec.Done {
+				kind, serves = EventAborted, rec.From
+			}
+			events = append(events, Event{Kind: kind, Role: rec.Role, Backend: serves, To: rec.To,
+				Epoch: rec.Epoch, Number: rec.Number, Text: rec.AbortWhy})
+		}
+	}
+	return events
+}
+
+func roleChanges(role string, was, is Row) []Event {
+	var events []Event
+	if is.Doubt != nil && was.Doubt == nil {
+		events = append(events, Event{Kind: EventDoubt, Role: role, Epoch: is.Doubt.Known, Text: is.Doubt.Why})
+	}
+	if is.Switch == nil || was.Switch != nil && was.Switch.Number == is.Switch.Number && was.Phase == is.Phase {
+		return events
+	}
+	e := Event{Role: role, Backend: is.Active, To: is.Switch.To, Epoch: is.Epoch, Number: is.Switch.Number}
+	if was.Switch == nil || was.Switch.Number != is.Switch.Number {
+		e.Kind, e.Text = EventHeld, is.Switch.Why
+		events = append(events, e)
+	}
+	if is.Phase != PhaseHold {
+		e.Kind, e.Text = EventPhase, string(is.Phase)
+		events = append(events, e)
+	}
+	return events
+}

@@ -1,0 +1,277 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+)
+
+// SwitchRequest asks for another active.
+type SwitchRequest struct {
+	Role, To string
+	Who, Why string
+	// ConfirmedClean is the operator's word that nothing of the past runs on
+	// the role's backends any more: it clears the residues recorded so far.
+	ConfirmedClean bool
+}
+
+// Switch holds the role and waits for the outcome, which whoever drives
+// switches brings about: it goes on if ctx ends. progress, if not nil, is told
+// what happens, in order. An error says what refused or blocked the switch.
+func (t *Table) Switch(ctx context.Context, req SwitchRequest, progress func(Event)) (SwitchRecord, error) {
+	return t.begin(ctx, req.Role, progress, func(s *State, now time.Time) error {
+		return t.rules.hold(s, req.Role, req.To, req.Who, req.Why, now, req.ConfirmedClean)
+	})
+}
+
+// InitRole is the operator's decision which backend serves a role that is in
+// doubt or not yet in the table, and waits until it is open there. Unlike a
+// switch it has no way back: it waits for every ack.
+func (t *Table) InitRole(ctx context.Context, role, active, who string) (SwitchRecord, error) {
+	members := t.opt.Roles[role].Members
+	kept := t.Snapshot().Roles[role]
+	return t.begin(ctx, role, nil, func(s *State, now time.Time) error {
+		return t.rules.initRole(s, role, active, members, kept.Epoch, who, now)
+	})
+}
+
+// ConfirmClean is the operator's word that nothing of the past runs on the
+// role's backends any more.
+func (t *Table) ConfirmClean(ctx context.Context, role string) error {
+	s, err := t.opt.Store.Update(ctx, func(s *State) error {
+		if _, err := s.row(role); err != nil {
+			return err
+		}
+		return t.rules.confirmClean(s, role)
+	})
+	if errors.Is(err, errNothing) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("clearing the residues of %s: %w", role, err)
+	}
+	t.install(s, false)
+	return nil
+}
+
+// begin commits the start of a switch and waits for its end.
+func (t *Table) begin(ctx context.Context, role string, progress func(Event), hold func(*State, time.Time) error) (SwitchRecord, error) {
+	if progress == nil {
+		progress = func(Event) {}
+	}
+	now, before := time.Now(), t.Snapshot()
+	held, err := t.opt.Store.Update(ctx, func(s *State) error {
+		before = s.Clone()
+		return hold(s, now)
+	})
+	if err != nil {
+		return SwitchRecord{}, err
+	}
+	number := held.Roles[role].Switch.Number
+	t.report(role, before, held, progress)
+	t.install(held, false)
+	last := held
+	for {
+		changed, s := t.Changed(), t.Snapshot()
+		if s.Revision > last.Revision {
+			t.report(role, last, s, progress)
+			last = s
+		}
+		if rec, ended, err := outcome(s, role, number); ended {
+			return rec, err
+		}
+		select {
+		case <-changed:
+		case <-t.closing:
+			return SwitchRecord{}, fmt.Errorf("switch %d of %s: %w: another frontend drives it on; see `posthouse roles`", number, role, ErrClosed)
+		case <-ctx.Done():
+			return SwitchRecord{}, fmt.Errorf("switch %d of %s goes on in phase %s: %w: see `posthouse roles`",
+				number, role, last.Roles[role].Phase, ctx.Err())
+		}
+	}
+}
+
+func (t *Table) report(role string, old, now *State, progress func(Event)) {
+	for _, e := range changes(old, now) {
+		if e.Role == role {
+			e.At = time.Now()
+			progress(e)
+		}
+	}
+}
+
+// outcome says how the switch with this number ended, if it has.
+func outcome(s *State, role string, number uint64) (rec SwitchRecord, ended bool, err error) {
+	for _, rec := range slices.Backward(s.History) {
+		if rec.Number != number {
+			continue
+		}
+		if !rec.Done {
+			err = fmt.Errorf("switch %d of %s to %s was aborted, %s serves on: %s", number, role, rec.To, rec.From, rec.AbortWhy)
+		}
+		return rec, true, err
+	}
+	if sw := s.Roles[role].Switch; sw == nil || sw.Number != number {
+		return SwitchRecord{}, true, fmt.Errorf("switch %d of %s is neither in progress nor in the history: the store went back; see `posthouse roles`", number, role)
+	}
+	return SwitchRecord{}, false, nil
+}
+
+// ActiveBackends returns the backends that serve some role now, sorted.
+func (t *Table) ActiveBackends() []string {
+	set := make(map[string]struct{})
+	for _, row := range t.Snapshot().Roles {
+		if row.Active != "" {
+			set[row.Active] = struct{}{}
+		}
+	}
+	return slices.Sorted(maps.Keys(set))
+}
+
+// RoleStatus is one role as this frontend sees it.
+type RoleStatus struct {
+	Role string `json:"role"`
+	Row
+	// Inside is the number of stays in this frontend; Below, of those in an
+	// epoch below the role's: they drain.
+	Inside int `json:"inside"`
+	Below  int `json:"below"`
+	Parked int `json:"parked"`
+	// Acked and Missing list the registered frontends while the role is held.
+	Acked   []string `json:"acked,omitempty"`
+	Missing []string `json:"missing,omitempty"`
+	// Unhanded are residues that this frontend has not handed to the store yet.
+	Unhanded []Residue `json:"unhanded,omitempty"`
+	// Blocked says why a login would park now; empty if it would enter.
+	Blocked string `json:"blocked,omitempty"`
+}
+
+// Roles returns all roles, sorted by name.
+func (t *Table) Roles() []RoleStatus {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.view.Load()
+	list := make([]RoleStatus, 0, len(v.state.Roles))
+	for _, role := range sortedKeys(v.state.Roles) {
+		row := v.state.Roles[role].clone()
+		st := RoleStatus{Role: role, Row: row}
+		if row.Phase != PhaseOpen {
+			st.Missing = v.state.missingAcks(role)
+			for _, id := range sortedKeys(v.state.Frontends) {
+				if !slices.Contains(st.Missing, id) {
+					st.Acked = append(st.Acked, id)
+				}
+			}
+		}
+		g := t.gates[role]
+		if g == nil {
+			g = newGate(role)
+		}
+		p := t.presenceLocked(g, v, row)
+		st.Inside, st.Below, st.Parked, st.Unhanded = len(g.stays), p.below, len(g.parked), g.list()
+		st.Blocked = t.blocked(row, p)
+		list = append(list, st)
+	}
+	return list
+}
+
+func (t *Table) blocked(row Row, p presence) string {
+	if isUnknown(row) {
+		return "in doubt: " + row.Doubt.Why
+	}
+	return t.rules.admit(row, p)
+}
+
+// Explanation is every step of a lookup.
+type Explanation struct {
+	Asked         string     `json:"asked"`
+	User          string     `json:"user,omitempty"` // canonical
+	DirectoryRole string     `json:"directory_role,omitempty"`
+	OverrideRole  string     `json:"override_role,omitempty"`
+	LastRole      string     `json:"last_role,omitempty"` // where this frontend saw the user last
+	Role          string     `json:"role,omitempty"`      // what counts
+	Disagrees     bool       `json:"disagrees,omitempty"` // the directory's role is not the last one, and no override says so
+	Backend       string     `json:"backend,omitempty"`   // where a login would go
+	Epoch         uint64     `json:"epoch,omitempty"`
+	Parks         string     `json:"parks,omitempty"` // why a login would wait now
+	Doubt         *Doubt     `json:"doubt,omitempty"`
+	Residues      []Residue  `json:"residues,omitempty"` // the role's, in the store and here
+	Sessions      []StayInfo `json:"sessions,omitempty"` // the user's stays in this frontend
+	Error         string     `json:"error,omitempty"`    // what a login would fail with
+}
+
+// StayInfo is one stay of an Explanation.
+type StayInfo struct {
+	Role    string    `json:"role"`
+	Backend string    `json:"backend"`
+	Epoch   uint64    `json:"epoch"`
+	Since   time.Time `json:"since"`
+	Revoked bool      `json:"revoked,omitempty"`
+}
+
+// Explain goes through a login's lookup without any side effect.
+func (t *Table) Explain(ctx context.Context, user string) Explanation {
+	x := Explanation{Asked: user}
+	entry, err := t.opt.Directory.Lookup(ctx, user)
+	if err != nil {
+		x.Error = err.Error()
+		return x
+	}
+	x.User, x.DirectoryRole, x.Role = entry.User, entry.Role, entry.Role
+	s := t.Snapshot()
+	x.LastRole, err = t.opt.Local.Recall(entry.User)
+	x.OverrideRole = s.Overrides[entry.User]
+	switch {
+	case x.OverrideRole != "":
+		x.Role = x.OverrideRole
+	case err != nil:
+		x.Error = err.Error()
+		return x
+	case x.LastRole != "":
+		x.Role, x.Disagrees = x.LastRole, x.LastRole != entry.Role
+	}
+	t.explainRole(&x)
+	return x
+}
+
+func (t *Table) explainRole(x *Explanation) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, role := range sortedKeys(t.gates) {
+		for s := range t.gates[role].stays {
+			if s.User == x.User {
+				x.Sessions = append(x.Sessions, StayInfo{s.Role, s.Backend, s.Epoch, s.Since, s.Check() != nil})
+			}
+		}
+	}
+	v := t.view.Load()
+	row, ok := v.state.Roles[x.Role]
+	if !ok {
+		x.Error = unknownRole(x.Role, x.User).Error()
+		return
+	}
+	g := t.gates[x.Role]
+	if g == nil {
+		g = newGate(x.Role)
+	}
+	x.Backend, x.Epoch, x.Doubt = row.Active, row.Epoch, row.Doubt
+	x.Residues = mergeResidues(row.Residues, g.list())
+	x.Parks = t.blocked(row, t.presenceLocked(g, v, row))
+}
+
+// Counters are for metrics.
+type Counters struct {
+	Inside        int    // stays
+	Parked        int    // logins
+	Disagreements uint64 // logins whose directory role was not the last one, ever
+}
+
+// Counters returns this frontend's own.
+func (t *Table) Counters() Counters {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return Counters{t.inside, t.parked, t.disagreements.Load()}
+}

@@ -1,0 +1,185 @@
+package routing
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+)
+
+// RoleConfig is a role as the configuration has it.
+type RoleConfig struct {
+	Members []string
+	// Active seeds an empty store only; afterwards the table decides.
+	Active string
+}
+
+// siteConfig is what all frontends must agree on.
+type siteConfig struct {
+	backends map[string]map[string]string
+	settings map[string]string
+	roles    map[string]RoleConfig
+}
+
+// register writes a frontend into the table. Its floors are the epochs of now,
+// since it will read what is in the table from here on; except in the roles of
+// f.Floors, where it is below that (see floorsOf): a switch waits for these.
+func (r rules) register(s *State, id string, f Frontend) error {
+	if _, known := s.Frontends[id]; known {
+		return fmt.Errorf("%w: frontend %s is registered already: IDs are never reused", ErrConflict, id)
+	}
+	f.Backends = slices.Sorted(slices.Values(f.Backends))
+	// Roles that the store has lost are kept too: initRole goes above them.
+	floors := maps.Clone(f.Floors)
+	if floors == nil {
+		floors = make(map[string]uint64, len(s.Roles))
+	}
+	for role, row := range s.Roles {
+		floors[role] = row.Epoch
+		if below, ok := f.Floors[role]; ok {
+			floors[role] = min(below, row.Epoch)
+		}
+	}
+	f.Floors = floors
+	s.Frontends[id] = f
+	return nil
+}
+
+// seed writes the roles of the configuration into an empty store, except those
+// that knows says some snapshot had: for these the store is not empty but lost
+// (safety 14).
+func (r rules) seed(s *State, roles map[string]RoleConfig, knows func(role string) bool) {
+	if s.Revision != 0 || len(s.Roles) > 0 || len(s.Frontends) > 0 {
+		return
+	}
+	for name, c := range roles {
+		if c.Active == "" || knows(name) {
+			continue
+		}
+		s.Roles[name] = Row{Members: slices.Sorted(slices.Values(c.Members)), Active: c.Active, Epoch: 1, Phase: PhaseOpen}
+	}
+}
+
+// reconcile compares what all frontends must agree on with the table and adds
+// what it does not have yet (safety 30).
+func (r rules) reconcile(s *State, c siteConfig) error {
+	for _, name := range sortedKeys(c.backends) {
+		mine := c.backends[name]
+		theirs, known := s.Backends[name]
+		if known && !maps.Equal(mine, theirs) {
+			if role := s.roleWith(name); role != "" {
+				return fmt.Errorf("%w: backend %s has addresses %v here and %v in the table, and serves role %s: give the new address a new backend name",
+					ErrConflict, name, mine, theirs, role)
+			}
+		}
+		s.Backends[name] = maps.Clone(mine)
+	}
+	for _, key := range sortedKeys(c.settings) {
+		theirs, known := s.Settings[key]
+		if known && theirs != c.settings[key] && len(s.Frontends) > 0 {
+			return fmt.Errorf("%w: %s is %q here and %q in the table: all frontends must agree; stop all of them to change it",
+				ErrConflict, key, c.settings[key], theirs)
+		}
+		if s.Settings == nil {
+			s.Settings = make(map[string]string)
+		}
+		s.Settings[key] = c.settings[key]
+	}
+	for _, name := range sortedKeys(c.roles) {
+		if _, known := s.Roles[name]; !known {
+			continue
+		}
+		if err := r.setMembers(s, name, c.roles[name].Members); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setMembers changes which backends hold a copy of the role. The active stays
+// one of them, and nothing changes within a switch.
+func (r rules) setMembers(s *State, role string, members []string) error {
+	row, err := s.row(role)
+	if err != nil {
+		return err
+	}
+	members = slices.Sorted(slices.Values(members))
+	if slices.Equal(members, slices.Sorted(slices.Values(row.Members))) {
+		return nil
+	}
+	switch {
+	case row.Phase != PhaseOpen:
+		return fmt.Errorf("%w: role %s: its members cannot change while it is switched: try again afterwards", ErrConflict, role)
+	case row.Active != "" && !slices.Contains(members, row.Active):
+		return fmt.Errorf("%w: role %s: its active %s is not one of the members %v: add it, or switch the role first", ErrConflict, role, row.Active, members)
+	}
+	row.Members = members
+	s.Roles[role] = row
+	return nil
+}
+
+// roleWith returns a role that has the backend as a member, or "". A residue
+// counts too: its address must be found.
+func (s *State) roleWith(backend string) string {
+	for _, name := range sortedKeys(s.Roles) {
+		row := s.Roles[name]
+		onIt := slices.ContainsFunc(row.Residues, func(res Residue) bool { return res.Backend == backend })
+		if slices.Contains(row.Members, backend) || row.Active == backend || onIt {
+			return name
+		}
+	}
+	return ""
+}
+
+// goodbye ends a registration: nobody is inside any more, and what may still
+// run is in residues, by role.
+func (r rules) goodbye(s *State, id string, residues map[string][]Residue) error {
+	if _, ok := s.Frontends[id]; !ok {
+		return fmt.Errorf("%w: frontend %s is not registered", ErrConflict, id)
+	}
+	delete(s.Frontends, id)
+	for role, add := range residues {
+		row, ok := s.Roles[role]
+		if !ok {
+			continue
+		}
+		row.Residues = mergeResidues(row.Residues, add)
+		s.Roles[role] = row
+	}
+	return nil
+}
+
+// bury ends the registration of a frontend that is proven to have ended
+// without a goodbye. Nobody knows who was inside: a residue of an unknown user
+// is left wherever it can have had stays (safety 2). errNothing if it is not
+// registered.
+func (r rules) bury(s *State, id string, now time.Time) error {
+	f, ok := s.Frontends[id]
+	if !ok {
+		return errNothing
+	}
+	delete(s.Frontends, id)
+	for role, row := range s.Roles {
+		row.Residues = mergeResidues(row.Residues, r.unknownResidues(row, id, f.Floors[role], now))
+		s.Roles[role] = row
+	}
+	return nil
+}
+
+// unknownResidues is what a frontend that vanished may have left in a role.
+// Its stays are on the active, since no other opens without its ack; with the
+// ack of a hold given it had none.
+func (r rules) unknownResidues(row Row, id string, floor uint64, now time.Time) []Residue {
+	if row.Phase != PhaseOpen && floor >= row.Epoch && row.Doubt == nil {
+		return nil
+	}
+	on := []string{row.Active}
+	if row.Active == "" || row.Doubt != nil {
+		on = row.Members
+	}
+	var rest []Residue
+	for _, backend := range on {
+		rest = append(rest, Residue{Backend: backend, Frontend: id, Since: now, Why: "the frontend ended without a goodbye"})
+	}
+	return rest
+}

@@ -1,0 +1,203 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// historyLimit bounds State.History. Operators read the last few switches;
+// the full story is in the logs.
+const historyLimit = 64
+
+// errNothing tells an Update that there is nothing to commit.
+var errNothing = errors.New("nothing to change")
+
+// rules are the pure rules of the role table. Each method takes a private copy
+// of the State and edits it, or returns an error that wraps ErrConflict, names
+// the guard that refused and says what to do. The zero value is what runs; the
+// explorer takes one guard away and shows that safety goes with it.
+type rules struct {
+	without string
+}
+
+// change is what the guards of a rule judge.
+type change struct {
+	s    *State
+	role string
+	row  Row
+	to   string
+	has  func(Hook) bool
+}
+
+// A guard is one condition of a change. in returns "" if it holds, else what
+// is in the way and what to do.
+type guard struct {
+	name string
+	in   func(c change) string
+}
+
+func (r rules) check(c change, guards []guard) error {
+	for _, g := range guards {
+		if g.name == r.without {
+			continue
+		}
+		if in := g.in(c); in != "" {
+			return fmt.Errorf("%w: role %s: %s: %s", ErrConflict, c.role, g.name, in)
+		}
+	}
+	return nil
+}
+
+// row looks a role up for a change.
+func (s *State) row(role string) (Row, error) {
+	row, ok := s.Roles[role]
+	if !ok {
+		return Row{}, fmt.Errorf("%w: the table has no role %q: see `posthouse roles`, or `posthouse roles init %s --active BACKEND`",
+			ErrConflict, role, role)
+	}
+	return row, nil
+}
+
+// The guards of an OPEN to the new active.
+var openGuards = []guard{
+	{"every registered frontend has acked", func(c change) string {
+		if missing := c.s.missingAcks(c.role); len(missing) > 0 {
+			return fmt.Sprintf("no ack from frontend %s: is it running, and do its sessions drain?", strings.Join(missing, ", "))
+		}
+		return ""
+	}},
+	{"no residue on another backend", func(c change) string {
+		if rest := residuesElsewhere(c.row, c.to); len(rest) > 0 {
+			return residueText(c.role, rest)
+		}
+		return ""
+	}},
+}
+
+// The guards of a step from HOLD towards OPEN. They protect order, not I1.
+var advanceGuards = []guard{
+	{"the role is being switched", func(c change) string {
+		if c.row.Switch == nil || c.row.Phase == PhaseOpen || c.row.Phase == PhaseAbort {
+			return fmt.Sprintf("its phase is %s: begin with `posthouse switch`", c.row.Phase)
+		}
+		return ""
+	}},
+	inNoDoubt,
+}
+
+var holdGuards = []guard{
+	inNoDoubt,
+	{"the role is open", func(c change) string {
+		if c.row.Phase != PhaseOpen {
+			return fmt.Sprintf("switch %d to %s is in phase %s: wait for its end", c.row.Switch.Number, c.row.Switch.To, c.row.Phase)
+		}
+		return ""
+	}},
+	{"the new active is a member", func(c change) string {
+		if !slices.Contains(c.row.Members, c.to) {
+			return fmt.Sprintf("%q is not one of %s: choose one of these, or add it to the role's members in every frontend's configuration",
+				c.to, strings.Join(c.row.Members, ", "))
+		}
+		return ""
+	}},
+	{"the new active is another one", func(c change) string {
+		if c.row.Active == c.to {
+			return c.to + " is active already"
+		}
+		return ""
+	}},
+	{"every registered frontend knows the new active", func(c change) string {
+		for _, id := range sortedKeys(c.s.Frontends) {
+			if !slices.Contains(c.s.Frontends[id].Backends, c.to) {
+				return fmt.Sprintf("frontend %s has no backend %s in its configuration: add it there and restart it", id, c.to)
+			}
+		}
+		return ""
+	}},
+	{"no residue would block the switch", openGuards[1].in},
+}
+
+var inNoDoubt = guard{"the role is not in doubt", func(c change) string {
+	if c.row.Doubt != nil {
+		return fmt.Sprintf("%s: decide with `posthouse roles init %s --active BACKEND`", c.row.Doubt.Why, c.role)
+	}
+	return ""
+}}
+
+// missingAcks names the registered frontends that have not yet promised that
+// nobody is inside the role below its epoch.
+func (s *State) missingAcks(role string) []string {
+	var missing []string
+	for _, id := range sortedKeys(s.Frontends) {
+		if s.Frontends[id].Floors[role] < s.Roles[role].Epoch {
+			missing = append(missing, id)
+		}
+	}
+	return missing
+}
+
+func residuesElsewhere(row Row, backend string) []Residue {
+	var rest []Residue
+	for _, r := range row.Residues {
+		if r.Backend != backend {
+			rest = append(rest, r)
+		}
+	}
+	return rest
+}
+
+// residueText names the first few residues: a switch of a busy role can leave
+// thousands.
+func residueText(role string, rest []Residue) string {
+	var b strings.Builder
+	for i, r := range rest {
+		if i == 5 {
+			fmt.Fprintf(&b, " and %d more", len(rest)-i)
+			break
+		}
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		user := r.User
+		if user == "" {
+			user = "an unknown user"
+		}
+		fmt.Fprintf(&b, "work of %s may still run on %s (%s; frontend %s, %s)", user, r.Backend, r.Why, r.Frontend, r.Since.UTC().Format("15:04:05Z"))
+	}
+	fmt.Fprintf(&b, ": look there for processes of users of %s, then switch with --confirmed-clean", role)
+	return b.String()
+}
+
+// mergeResidues adds new ones; equal (backend, user) become one. It keeps the
+// later Since, because age counts from the last that may have begun.
+func mergeResidues(old, add []Residue) []Residue {
+	out := slices.Clone(old)
+	type key struct{ backend, user string }
+	at := make(map[key]int, len(out)+len(add))
+	for i, r := range out {
+		at[key{r.Backend, r.User}] = i
+	}
+	for _, r := range add {
+		k := key{r.Backend, r.User}
+		if i, ok := at[k]; ok {
+			if r.Since.After(out[i].Since) {
+				out[i] = r
+			}
+			continue
+		}
+		at[k] = len(out)
+		out = append(out, r)
+	}
+	return out
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	keys := make([]string, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}

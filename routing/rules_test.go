@@ -1,0 +1,215 @@
+package routing
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// table is a State with one role on a, two members more, and one frontend.
+func table(t *testing.T) *State {
+	t.Helper()
+	s := emptyState()
+	s.Roles["r"] = Row{Members: []string{"a", "b", "c"}, Active: "a", Epoch: 4, Phase: PhaseOpen}
+	if err := (rules{}).register(s, "f.1", Frontend{Backends: []string{"a", "b"}}); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func mustHold(t *testing.T, s *State) {
+	t.Helper()
+	if err := (rules{}).hold(s, "r", "b", "who", "why", explorerTime, false); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRulesRefuse(t *testing.T) {
+	var r rules
+	now := explorerTime
+	hold := func(role, to string, confirmed bool) func(*State) error {
+		return func(s *State) error { return r.hold(s, role, to, "", "", now, confirmed) }
+	}
+	residue := func(s *State) {
+		row := s.Roles["r"]
+		row.Residues = []Residue{{Backend: "a", User: "u"}}
+		s.Roles["r"] = row
+	}
+	for _, c := range []struct {
+		name    string
+		prepare func(*State)
+		rule    func(*State) error
+		want    string // "": allowed
+	}{
+		{"hold", nil, hold("r", "b", false), ""},
+		{"hold: unknown role", nil, hold("x", "b", false), "no role"},
+		{"hold: to itself", nil, hold("r", "a", false), "active already"},
+		{"hold: to a stranger", nil, hold("r", "z", false), "not one of a, b, c"},
+		{"hold: frontend without it", nil, hold("r", "c", false), "f.1 has no backend c"},
+		{"hold: twice", func(s *State) { mustHold(t, s) }, hold("r", "b", false), "in phase hold"},
+		{"hold: residue", residue, hold("r", "b", false), "u may still run on a"},
+		{"hold: residue, confirmed", residue, hold("r", "b", true), ""},
+		{"hold: doubt", func(s *State) { r.markDoubt(s, "r", Row{Epoch: 9}, "f.1", "went back", now) }, hold("r", "b", false), "roles init"},
+		{"open: no ack", func(s *State) { mustHold(t, s) },
+			func(s *State) error { return r.advance(s, "r", PhaseHold, now, noHooks) }, "f.1"},
+		{"demote: no ack", func(s *State) { mustHold(t, s) },
+			func(s *State) error { return r.advance(s, "r", PhaseHold, now, allHooks) }, "f.1"},
+		{"open: not switched", nil, func(s *State) error { return r.open(s, "r", now, noHooks) }, "its phase is open"},
+		{"abort: not switched", nil, func(s *State) error { return r.abort(s, "r", "", now, noHooks) }, "is open"},
+		{"ack: of an open role", nil, func(s *State) error { return r.ack(s, "f.1", "r", 4, nil) }, "no ack of 4"},
+		{"ack: of another epoch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.1", "r", 4, nil) }, "no ack of 4"},
+		{"ack: by a stranger", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.2", "r", 5, nil) }, "not registered"},
+		{"register: twice", nil, func(s *State) error { return r.register(s, "f.1", Frontend{}) }, "never reused"},
+		{"goodbye: by a stranger", nil, func(s *State) error { return r.goodbye(s, "f.2", nil) }, "not registered"},
+		{"members: without the active", nil, func(s *State) error { return r.setMembers(s, "r", []string{"b", "c"}) }, "its active a"},
+		{"members: in a switch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.setMembers(s, "r", []string{"a", "b"}) }, "while it is switched"},
+		{"members: fewer", nil, func(s *State) error { return r.setMembers(s, "r", []string{"a", "b"}) }, ""},
+		{"init: not in doubt", nil, func(s *State) error { return r.initRole(s, "r", "b", nil, 0, "", now) }, "posthouse switch"},
+		{"init: no member", nil, func(s *State) error { return r.initRole(s, "new", "z", []string{"a"}, 0, "", now) }, "not one of a"},
+		{"take up: ended", nil, func(s *State) error { return r.takeUp(s, "r", 1) }, "has ended"},
+	} {
+		s := table(t)
+		if c.prepare != nil {
+			c.prepare(s)
+		}
+		err := c.rule(s.Clone())
+		switch {
+		case c.want == "" && err != nil:
+			t.Errorf("%s: %v", c.name, err)
+		case c.want != "" && (!errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), c.want)):
+			t.Errorf("%s: %v, want a conflict with %q", c.name, err, c.want)
+		}
+	}
+}
+
+func TestNoWayBackFromPromote(t *testing.T) {
+	var r rules
+	only := func(hooks ...Hook) func(Hook) bool { return func(h Hook) bool { return slices.Contains(hooks, h) } }
+	for _, c := range []struct {
+		has  func(Hook) bool
+		want bool
+	}{
+		{only(HookPromote), false},
+		{only(HookPromote, HookUndoDemote), false},
+		{only(HookPromote, HookUndoPromote), true},
+	} {
+		s := table(t)
+		mustHold(t, s)
+		if err := errors.Join(r.ack(s, "f.1", "r", 5, nil), r.advance(s, "r", PhaseHold, explorerTime, c.has)); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.Roles["r"].Phase; got != PhasePromote {
+			t.Fatalf("phase %s, want promote: phases without a hook are skipped", got)
+		}
+		if err := r.abort(s, "r", "", explorerTime, c.has); (err == nil) != c.want {
+			t.Errorf("abort = %v, want allowed: %v", err, c.want)
+		}
+	}
+}
+
+func TestHistoryIsBounded(t *testing.T) {
+	var r rules
+	s := table(t)
+	for i := range historyLimit + 5 {
+		mustHold(t, s)
+		if err := errors.Join(r.abort(s, "r", fmt.Sprint(i), explorerTime, noHooks), r.reopen(s, "r", explorerTime)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(s.History) != historyLimit || s.History[historyLimit-1].Number != historyLimit+5 {
+		t.Errorf("%d records, the last is %d", len(s.History), s.History[len(s.History)-1].Number)
+	}
+	if row := s.Roles["r"]; row.Epoch != 4+2*(historyLimit+5) || row.Active != "a" {
+		t.Errorf("after all the aborts: %+v", row)
+	}
+}
+
+func TestInitRoleIsAboveEverythingKnown(t *testing.T) {
+	var r rules
+	s := table(t)
+	f := s.Frontends["f.1"]
+	f.Floors["r"] = 11
+	for _, c := range []struct{ doubt, known, want uint64 }{{7, 0, 12}, {20, 0, 21}, {7, 30, 31}} {
+		s := s.Clone()
+		if err := r.markDoubt(s, "r", Row{Epoch: c.doubt, Residues: []Residue{{Backend: "a"}}}, "f.1", "went back", explorerTime); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.initRole(s, "r", "b", nil, c.known, "who", explorerTime); err != nil {
+			t.Fatal(err)
+		}
+		row := s.Roles["r"]
+		if row.Epoch != c.want || row.Phase != PhaseHold || row.Doubt != nil || len(row.Residues) != 1 {
+			t.Errorf("known %d and %d: %+v, want a hold in epoch %d", c.doubt, c.known, row, c.want)
+		}
+		if err := r.abort(s, "r", "", explorerTime, noHooks); err == nil {
+			t.Error("there is nothing to abort to")
+		}
+	}
+}
+
+func TestMerge(t *testing.T) {
+	row := func(epoch uint64, active string, phase Phase) Row {
+		return Row{Members: []string{"a", "b"}, Active: active, Epoch: epoch, Phase: phase}
+	}
+	state := func(revision uint64, r Row) *State {
+		s := emptyState()
+		s.Revision = revision
+		s.Roles["r"] = r
+		return s
+	}
+	doubted := row(3, "a", PhaseOpen)
+	doubted.Doubt = &Doubt{Known: 7}
+	behind := row(6, "a", PhaseOpen)
+	for _, c := range []struct {
+		name        string
+		kept, fresh *State
+		active      string // in the view
+		isDoubt     bool   // in the view
+		marks       bool   // to be written into the store
+	}{
+		{"nothing kept", nil, state(5, row(3, "a", PhaseOpen)), "a", false, false},
+		{"nothing kept, doubt", nil, state(5, doubted), "", true, false},
+		{"newer", state(5, row(3, "a", PhaseOpen)), state(6, row(4, "b", PhaseOpen)), "b", false, false},
+		{"epoch back", state(5, row(7, "b", PhaseOpen)), state(6, row(3, "a", PhaseOpen)), "b", true, true},
+		{"epoch back, marked", state(5, row(7, "b", PhaseOpen)), state(6, doubted), "b", true, false},
+		{"marked, and we know less", state(5, behind), state(6, doubted), "", true, false},
+		{"phase back", state(5, row(7, "b", PhaseOpen)), state(6, row(7, "a", PhasePromote)), "b", true, true},
+		{"other active", state(5, row(7, "b", PhaseOpen)), state(6, row(7, "a", PhaseOpen)), "b", true, true},
+		{"revision back", state(9, row(3, "a", PhaseOpen)), state(6, row(3, "a", PhaseOpen)), "a", true, true},
+		{"role lost", state(5, row(7, "b", PhaseOpen)), emptyState(), "b", true, true},
+		{"decided", state(5, row(7, "b", PhaseOpen)), state(6, row(8, "a", PhaseOpen)), "a", false, false},
+	} {
+		view, doubts := merge(c.kept, c.fresh)
+		got := view.Roles["r"]
+		if got.Active != c.active || (got.Doubt != nil) != c.isDoubt || (len(doubts) > 0) != c.marks {
+			t.Errorf("%s: %+v (doubt %+v), to mark: %v", c.name, got, got.Doubt, doubts)
+		}
+		// What is not marked yet is not forgotten with the next read.
+		again, doubts := merge(view, c.fresh)
+		if (len(doubts) > 0) != c.marks || again.Roles["r"].Active != c.active {
+			t.Errorf("%s, read again: %+v, to mark: %v", c.name, again.Roles["r"], doubts)
+		}
+	}
+}
+
+func TestResiduesMerge(t *testing.T) {
+	at := func(s int) time.Time { return explorerTime.Add(time.Duration(s) * time.Second) }
+	got := mergeResidues([]Residue{{Backend: "a", User: "u", Since: at(1)}, {Backend: "b", User: "u", Since: at(5)}},
+		[]Residue{{Backend: "a", User: "u", Since: at(3)}, {Backend: "b", User: "u", Since: at(2)}, {Backend: "a", Since: at(4)}})
+	if len(got) != 3 || !got[0].Since.Equal(at(3)) || !got[1].Since.Equal(at(5)) {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestResidueTextIsShort(t *testing.T) {
+	var rest []Residue
+	for i := range 5000 {
+		rest = append(rest, Residue{Backend: "a", User: fmt.Sprint("u", i)})
+	}
+	if text := residueText("r", rest); len(text) > 1000 || !strings.Contains(text, "4995 more") {
+		t.Error(text)
+	}
+}

@@ -1,0 +1,160 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+)
+
+func TestSafety09RegistrationLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f, g := h.start("f"), h.start("g")
+		old, first := f.enter("alice"), f.ID()
+		s := h.site.get().Clone()
+		s.Revision++
+		delete(s.Frontends, first)
+		h.site.replace(s)
+		<-old.Revoked()
+		f.until(func(s *State) bool { return len(s.Frontends) == 2 })
+		synctest.Wait()
+		if f.ID() == first || !strings.HasPrefix(f.ID(), "f.") {
+			t.Errorf("the new ID is %s, was %s", f.ID(), first)
+		}
+		f.enter("bob").Leave(proven)
+		// alice still drains: a switch has to wait for that.
+		g.mustFail(toB, f.ID())
+		old.Leave(proven)
+		g.mustSwitch(toB)
+		f.stop()
+		g.stop()
+	})
+}
+
+func TestSafety11LateJoinerParks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		stuck := f.enter("alice")
+		done := f.goSwitch(toB)
+		synctest.Wait()
+		g := h.start("g")
+		if _, err := g.Enter(t.Context(), "bob", NoWait()); !errors.Is(err, ErrHeld) {
+			t.Errorf("the late joiner admits: %v", err)
+		}
+		stuck.Leave(proven)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		g.enter("bob").Leave(proven)
+		f.stop()
+		g.stop()
+	})
+}
+
+// Who registers before HOLD is waited for, even if it never says anything.
+func TestSafety11EveryMemberIsWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		silent := h.site.open()
+		if err := silent.Join(t.Context(), "silent.1"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := silent.Update(t.Context(), func(s *State) error {
+			return rules{}.register(s, "silent.1", Frontend{Backends: []string{"a", "b"}})
+		}); err != nil {
+			t.Fatal(err)
+		}
+		f.mustFail(toB, "no ack from frontend silent.1")
+		f.stop()
+	})
+}
+
+func TestSafety14WipedStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		f.mustSwitch(toB) // ma01 is on b in epoch 2
+		f.enter("alice").Leave(proven)
+		h.site.replace(emptyState())
+		f.until(func(s *State) bool { return s.Roles["ma01"].Doubt != nil && len(s.Frontends) == 1 })
+		synctest.Wait()
+		if row := h.site.get().Roles["ma01"]; row.Doubt == nil || row.Doubt.Known != 2 || row.Phase == PhaseOpen {
+			t.Errorf("the store has %+v, want it in doubt", row)
+		}
+		// Who has a snapshot goes on; who has none serves nobody.
+		s := f.enter("alice")
+		if s.Backend != "b" {
+			t.Errorf("alice entered %s", s.Backend)
+		}
+		h.opt.Local = newMemLocal()
+		g := h.start("g")
+		if _, err := g.Enter(t.Context(), "alice"); !errors.Is(err, ErrInDoubt) {
+			t.Errorf("a frontend without a snapshot: %v, want ErrInDoubt", err)
+		}
+		g.mustFail(SwitchRequest{Role: "ma01", To: "a"}, "roles init")
+		// The operator decides; alice must have left b before a opens.
+		done := make(chan error, 1)
+		go func() {
+			_, err := g.InitRole(context.Background(), "ma01", "a", "test")
+			done <- err
+		}()
+		<-s.Revoked()
+		s.Leave(proven)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range []*process{f, g} {
+			s := p.enter("alice")
+			if s.Backend != "a" || s.Epoch != 3 {
+				t.Errorf("alice entered %s in epoch %d, want a in 3", s.Backend, s.Epoch)
+			}
+			s.Leave(proven)
+		}
+		f.stop()
+		g.stop()
+	})
+}
+
+// A wiped store is not seeded by a start that knows the roles; a restored one
+// does not bring a former active back.
+func TestSafety14RestartAgainstLostStore(t *testing.T) {
+	for name, disaster := range map[string]func(first *State) *State{
+		"wiped":    func(*State) *State { return emptyState() },
+		"restored": func(first *State) *State { s := first.Clone(); clear(s.Frontends); return s },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newHost(t)
+				f := h.start("f")
+				first := h.site.get()
+				f.mustSwitch(toB)
+				synctest.Wait()
+				f.stop()
+				h.site.replace(disaster(first))
+				f = h.start("f")
+				synctest.Wait()
+				s := f.enter("alice")
+				if s.Backend != "b" {
+					t.Errorf("alice entered %s, her mail is on b", s.Backend)
+				}
+				if row := h.site.get().Roles["ma01"]; row.Doubt == nil {
+					t.Errorf("the store has %+v, want it in doubt", row)
+				}
+				s.Leave(proven)
+				f.stop()
+				// Also after one more start.
+				f = h.start("f")
+				s = f.enter("alice")
+				if s.Backend != "b" || f.Snapshot().Roles["ma01"].Doubt == nil {
+					t.Errorf("after another start: %s, %+v", s.Backend, f.Snapshot().Roles["ma01"])
+				}
+				s.Leave(proven)
+				f.stop()
+			})
+		})
+	}
+}

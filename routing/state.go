@@ -1,0 +1,196 @@
+// Package routing answers one question: which backend may this user be on now?
+// It keeps the role table (role → active backend, epoch, phase), the gate that
+// every session passes, and the pure rules of a switch.
+package routing
+
+import (
+	"errors"
+	"maps"
+	"slices"
+	"time"
+)
+
+// Phase is where a role stands in a switch (design: HOLD → ACK → DEMOTE →
+// CATCH UP → PROMOTE → OPEN). ACK is no phase of its own: it is HOLD until
+// every registered frontend has raised its floor.
+type Phase string
+
+const (
+	PhaseOpen    Phase = "open"     // the active serves; sessions enter
+	PhaseHold    Phase = "hold"     // new logins park, old stays drain, floors are awaited
+	PhaseDemote  Phase = "demote"   // the old active's hook runs
+	PhaseCatchUp Phase = "catch-up" // the new active catches up
+	PhasePromote Phase = "promote"  // the new active's hook runs
+	PhaseAbort   Phase = "abort"    // what was begun is undone, in reverse
+)
+
+// State is the whole content of a store: plain data, never edited in place
+// once published. Users do not live here; roles do.
+type State struct {
+	// Revision grows by one with every committed change. One that goes back
+	// puts the store in doubt.
+	Revision uint64 `json:"revision"`
+	// Roles by name.
+	Roles map[string]Row `json:"roles"`
+	// Frontends that are registered, by ID. An ID is never reused.
+	Frontends map[string]Frontend `json:"frontends"`
+	// Overrides send single users to another role than the directory's.
+	Overrides map[string]string `json:"overrides,omitempty"`
+	// Backends holds the address of each backend's services
+	// (name → service → host:port). All frontends must agree on them.
+	Backends map[string]map[string]string `json:"backends"`
+	// Settings are other values that all frontends must agree on, such as how
+	// user names are normalised.
+	Settings map[string]string `json:"settings,omitempty"`
+	// Switches counts the switches ever begun; it numbers them.
+	Switches uint64 `json:"switches"`
+	// History holds the last historyLimit ended switches, oldest first.
+	History []SwitchRecord `json:"history,omitempty"`
+}
+
+// Row is one role of the table.
+type Row struct {
+	// Members hold a copy of the role: the active and its replicas.
+	Members []string `json:"members"`
+	// Active serves the role in PhaseOpen. In every other phase it is the
+	// backend that served last, and nobody may enter; empty if nobody knows
+	// which one that was (after `roles init`).
+	Active string `json:"active,omitempty"`
+	// Epoch numbers the role's current tenancy; the fencing token.
+	Epoch uint64 `json:"epoch"`
+	// Phase says whether sessions may enter.
+	Phase Phase `json:"phase"`
+	// Switch is the switch in progress; nil in PhaseOpen.
+	Switch *Switch `json:"switch,omitempty"`
+	// Residues are works that may still run on a backend though their stay
+	// has ended. They outlive frontends, drivers and switches.
+	Residues []Residue `json:"residues,omitempty"`
+	// Doubt is set if a frontend knew this role better than the store does:
+	// the store was wiped or restored. `posthouse roles init` ends it.
+	Doubt *Doubt `json:"doubt,omitempty"`
+}
+
+// Doubt says why a row of the store is not to be believed.
+type Doubt struct {
+	// Known is the highest epoch that any frontend's snapshot has of the
+	// role. Who knows less than that serves nobody.
+	Known uint64    `json:"known"`
+	By    string    `json:"by"` // the frontend that saw it first
+	Why   string    `json:"why"`
+	Since time.Time `json:"since"`
+}
+
+// Switch is a change of a role's active in progress.
+type Switch struct {
+	Number  uint64    `json:"number"`
+	To      string    `json:"to"`
+	Who     string    `json:"who"`
+	Why     string    `json:"why,omitempty"`
+	Started time.Time `json:"started"`
+	// Attempt grows each time a driver takes the switch up; hooks get it.
+	Attempt int `json:"attempt"`
+	// Begun lists the hook phases entered so far, in order; abort undoes
+	// them in reverse.
+	Begun []Phase `json:"begun,omitempty"`
+	// Steps records when each phase was entered.
+	Steps []Step `json:"steps"`
+	// AbortWhy says why the switch is being aborted; empty while it is not.
+	AbortWhy string `json:"abort_why,omitempty"`
+}
+
+// Step is one phase of a switch and when it was entered.
+type Step struct {
+	Phase Phase     `json:"phase"`
+	At    time.Time `json:"at"`
+}
+
+// SwitchRecord is a switch that has ended.
+type SwitchRecord struct {
+	Switch
+	Role  string    `json:"role"`
+	From  string    `json:"from"`
+	Epoch uint64    `json:"epoch"` // the epoch that it opened
+	Ended time.Time `json:"ended"`
+	// Done is true if To was opened, false if the switch was aborted.
+	Done bool `json:"done"`
+}
+
+// Frontend is one registered posthouse process.
+type Frontend struct {
+	// Backends that this frontend has in its configuration.
+	Backends []string `json:"backends"`
+	// Floors holds, per role, the epoch below which nobody is inside this
+	// frontend, and never will be: its acknowledgements.
+	Floors map[string]uint64 `json:"floors"`
+	// BootID is the boot of the machine in which it registered.
+	BootID string    `json:"boot_id"`
+	Since  time.Time `json:"since"`
+}
+
+// Residue is work that may still run on a backend after its stay ended
+// without proof. Only proof, the operator, or age clears it.
+type Residue struct {
+	Backend  string    `json:"backend"`
+	User     string    `json:"user,omitempty"` // empty: unknown, any user of the role
+	Frontend string    `json:"frontend"`
+	Since    time.Time `json:"since"`
+	Why      string    `json:"why"`
+}
+
+// What Enter and the lookups answer. Everything else that they return means
+// "could not tell": a temporary error for the client.
+var (
+	// ErrUnknownUser: the directory is sure that there is no such user.
+	ErrUnknownUser = errors.New("no such user in the directory")
+	// ErrHeld: the role is between backends and the login's window is over,
+	// or the caller did not want to wait.
+	ErrHeld = errors.New("role is on hold")
+	// ErrRevoked: the stay has ended; its session must drain.
+	ErrRevoked = errors.New("stay was revoked")
+	// ErrInDoubt: the store went back in time or lost the role; nobody enters
+	// until the operator decides.
+	ErrInDoubt = errors.New("the store is in doubt")
+	// ErrClosed: this frontend is shutting down.
+	ErrClosed = errors.New("the frontend is shutting down")
+	// ErrConflict: a rule refused the change; the message says which.
+	ErrConflict = errors.New("the role table does not allow it")
+)
+
+// Clone returns a deep copy: changing it leaves s as it is.
+func (s *State) Clone() *State {
+	c := *s
+	c.Roles = make(map[string]Row, len(s.Roles))
+	for name, row := range s.Roles {
+		c.Roles[name] = row.clone()
+	}
+	c.Frontends = make(map[string]Frontend, len(s.Frontends))
+	for id, f := range s.Frontends {
+		f.Backends = slices.Clone(f.Backends)
+		f.Floors = maps.Clone(f.Floors)
+		c.Frontends[id] = f
+	}
+	c.Overrides = maps.Clone(s.Overrides)
+	c.Settings = maps.Clone(s.Settings)
+	c.Backends = make(map[string]map[string]string, len(s.Backends))
+	for name, addresses := range s.Backends {
+		c.Backends[name] = maps.Clone(addresses)
+	}
+	c.History = slices.Clone(s.History)
+	return &c
+}
+
+func (r Row) clone() Row {
+	r.Members = slices.Clone(r.Members)
+	r.Residues = slices.Clone(r.Residues)
+	if r.Switch != nil {
+		sw := *r.Switch
+		sw.Begun = slices.Clone(sw.Begun)
+		sw.Steps = slices.Clone(sw.Steps)
+		r.Switch = &sw
+	}
+	if r.Doubt != nil {
+		d := *r.Doubt
+		r.Doubt = &d
+	}
+	return r
+}

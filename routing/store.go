@@ -1,0 +1,58 @@
+package routing
+
+import "context"
+
+// Store carries the State between frontends. It knows no rules: those are the
+// pure functions of switch.go, which callers pass to Update. storetest holds
+// the contract that every implementation passes.
+type Store interface {
+	// Join makes id a live frontend for as long as this process lives, before
+	// it is written into the State. It fails if id was ever used before.
+	// Liveness ends with Close or with the process, whichever comes first.
+	Join(ctx context.Context, id string) error
+
+	// Load reads the newest committed State, linearizably: what any Update
+	// returned before Load was called is in it. An empty store gives an empty
+	// State with Revision 0.
+	Load(ctx context.Context) (*State, error)
+
+	// Update applies change to a private copy of the newest State and commits
+	// it as one compare-and-swap, durably, with Revision one higher. change
+	// must be pure: it may be called again when somebody else committed in
+	// between. If change returns an error nothing is written and that error
+	// is returned. The State returned is the committed one; nobody edits it.
+	Update(ctx context.Context, change func(*State) error) (*State, error)
+
+	// Watch sends the State whenever it has changed, the newest only, until
+	// ctx ends; then the channel is closed. The first State comes at once. A
+	// store that cannot be read sends nothing and tries again.
+	Watch(ctx context.Context) <-chan *State
+
+	// Gone returns those of ids that are proven to have ended. A frontend that
+	// merely does not answer is not gone.
+	Gone(ctx context.Context, ids []string) ([]string, error)
+
+	// Campaign blocks until this process is the only driver of switches, or
+	// ctx ends. The driver is no longer it once release is called or the
+	// process has ended.
+	Campaign(ctx context.Context) (release func(), err error)
+
+	// Close ends this process's liveness and frees what the store holds.
+	Close() error
+}
+
+// Directory maps a login name to the canonical user and the user's role.
+type Directory interface {
+	// Lookup says one of three things: found (nil error), certainly absent
+	// (ErrUnknownUser), could not tell (any other error). It honours ctx.
+	Lookup(ctx context.Context, name string) (Entry, error)
+}
+
+// Entry is what a Directory knows of a user.
+type Entry struct {
+	// User is the canonical name: the only key of the gate, and what the
+	// backend gets.
+	User string
+	// Role is the user's role.
+	Role string
+}
