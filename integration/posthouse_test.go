@@ -143,6 +143,7 @@ func (p *posthouse) start(t testing.TB) {
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("%s's log ends:\n%s", p.name, tail(p.output.String(), 40))
+			writeFile(t, filepath.Join(filepath.Dir(p.conf), "log"), p.output.String()) // for KEEP_LAB
 		}
 		if p.running() {
 			p.stop(t)

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"net/netip"
+	"strings"
 
 	"github.com/posthouse/posthouse/proxy/auth"
 	"github.com/posthouse/posthouse/proxy/splice"
@@ -86,4 +87,23 @@ type welcome struct {
 	text string
 	// capabilities are those after login, less what must not be offered.
 	capabilities []string
+}
+
+// mostText bounds the human part of an answer: RFC 1939 §3 allows 512 octets
+// with the status and CRLF.
+const mostText = 500
+
+// printable makes a backend's words fit for a client: valid UTF-8 without
+// control characters, not too long.
+func printable(text string) string {
+	text = strings.Map(func(c rune) rune {
+		if c < ' ' || c == 0x7f || c == '\uFFFD' {
+			return -1
+		}
+		return c
+	}, text)
+	if len(text) > mostText {
+		text = strings.ToValidUTF8(text[:mostText], "")
+	}
+	return text
 }

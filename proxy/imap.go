@@ -384,7 +384,7 @@ func (d *imapDialect) logIn(b *lineConn, announced []string, as auth.Credentials
 	caps = slices.DeleteFunc(caps, func(token string) bool {
 		return untold(token) || b.provenByWords && strings.HasPrefix(strings.ToUpper(token), "COMPRESS=")
 	})
-	return welcome{text: r.human(), capabilities: caps}, nil
+	return welcome{text: printable(r.text), capabilities: caps}, nil
 }
 
 // plainMessage is RFC 4616's; the credentials hold no NUL.

@@ -9,6 +9,8 @@ import (
 	"github.com/posthouse/posthouse/proxy/splice"
 )
 
+var errOddLiteral = errors.New("a literal of a length that makes no sense: where it ends cannot be told")
+
 var errUnauthenticate = errors.New("UNAUTHENTICATE would let a second user in without a route (RFC 8437)")
 
 // imapTracker follows a spliced IMAP session (design §4): where commands end,
@@ -44,7 +46,11 @@ func (t *imapTracker) Up(p []byte) error {
 		if !line {
 			continue
 		}
-		if m := t.up.marker(); m.found && !t.idling {
+		m := t.up.marker()
+		if m.odd {
+			return errOddLiteral
+		}
+		if m.found && !t.idling {
 			if m.sync {
 				t.literal, _ = tagAndVerb(t.up.line())
 			}

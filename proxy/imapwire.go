@@ -44,6 +44,9 @@ func readIMAPCommand(c *lineConn) (imapCommand, error) {
 			cmd.begin(&line)
 		}
 		m := p.line(line)
+		if m.odd {
+			return cmd, failf(TooLong, "read a literal", "a length that makes no sense")
+		}
 		if !m.found {
 			break
 		}
@@ -302,16 +305,6 @@ func (r imapResponse) capabilities() []string {
 // has says whether list holds a token, in any case of letters.
 func has(list []string, token string) bool {
 	return slices.ContainsFunc(list, func(t string) bool { return strings.EqualFold(t, token) })
-}
-
-// human returns the text for the client, without control characters.
-func (r imapResponse) human() string {
-	return strings.Map(func(c rune) rune {
-		if c < ' ' || c == 0x7f || c == '\uFFFD' {
-			return -1
-		}
-		return c
-	}, r.text)
 }
 
 // clip shortens a backend's line for the log.

@@ -1,5 +1,10 @@
 package proxy
 
+import (
+	"bytes"
+	"strconv"
+)
+
 // lineScan cuts a spliced stream into the lines of IMAP or ManageSieve and
 // skips their literals, without keeping more than the head of a line. It only
 // watches: what it sees has been passed on or will be.
@@ -16,6 +21,9 @@ type lineScan struct {
 type marker struct {
 	found, sync bool
 	octets      uint64
+	// odd: it looks like a marker, and is longer than any number that makes
+	// sense. What the other side takes it for cannot be told.
+	odd bool
 }
 
 // next consumes octets of p up to the end of the next physical line, of the
@@ -27,11 +35,9 @@ func (l *lineScan) next(p []byte) (n int, line bool) {
 		l.literal -= uint64(n)
 		return n, false
 	}
-	for i, b := range p {
-		if b == '\n' {
-			l.take(p[:i+1])
-			return i + 1, true
-		}
+	if i := bytes.IndexByte(p, '\n'); i >= 0 {
+		l.take(p[:i+1])
+		return i + 1, true
 	}
 	l.take(p)
 	return len(p), false
@@ -67,21 +73,18 @@ func (l *lineScan) marker() marker {
 		m.sync = false
 		t = t[:len(t)-1]
 	}
-	digits := 0
-	for scale := uint64(1); len(t) > 0; scale *= 10 {
-		b := t[len(t)-1]
-		if b == '{' {
-			m.found = digits > 0
-			return m
-		}
-		if b < '0' || b > '9' || digits == 18 {
-			break
-		}
-		m.octets += uint64(b-'0') * scale
-		digits++
-		t = t[:len(t)-1]
+	digits := len(t) - len(bytes.TrimRight(t, "0123456789"))
+	switch number := t[len(t)-digits:]; {
+	case digits == len(t) && l.tailLen == len(l.tail):
+		return marker{odd: true}
+	case digits == 0 || digits == len(t) || t[len(t)-digits-1] != '{':
+		return marker{}
+	default:
+		octets, err := strconv.ParseUint(string(number), 10, 63)
+		m.octets, m.odd = octets, err != nil
+		m.found = !m.odd
+		return m
 	}
-	return marker{}
 }
 
 // resume goes on with the logical line after a literal of n octets.
@@ -89,6 +92,9 @@ func (l *lineScan) resume(n uint64) { l.literal, l.tailLen = n, 0 }
 
 // reset begins a new logical line.
 func (l *lineScan) reset() { l.headLen, l.tailLen, l.begun, l.literal = 0, 0, false, 0 }
+
+// long says that the head does not hold the whole line.
+func (l *lineScan) long() bool { return l.headLen == len(l.head) }
 
 // atStart says that the stream stands before a new logical line.
 func (l *lineScan) atStart() bool { return !l.begun && l.literal == 0 }

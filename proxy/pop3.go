@@ -382,25 +382,6 @@ func parsePOP3Answer(line []byte) pop3Answer {
 	return a
 }
 
-// mostText bounds the human part of an answer: RFC 1939 §3 allows 512 octets
-// with the status and CRLF.
-const mostText = 500
-
-// printable makes a backend's words fit for a client: valid UTF-8 without
-// control characters, not too long.
-func printable(text string) string {
-	text = strings.Map(func(c rune) rune {
-		if c < ' ' || c == 0x7f || c == '\uFFFD' {
-			return -1
-		}
-		return c
-	}, text)
-	if len(text) > mostText {
-		text = strings.ToValidUTF8(text[:mostText], "")
-	}
-	return text
-}
-
 // xclient tells a backend that trusts us who the client is (Dovecot's XCLIENT,
 // for POP3 and ManageSieve); empty if we do not know.
 func (o origin) xclient() string {

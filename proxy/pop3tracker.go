@@ -13,8 +13,30 @@ import (
 type pop3Tracker struct {
 	up, down lineScan
 	quit     bool // the client has sent QUIT
-	replied  bool // the backend's last line is a reply
+	// mayQuit: it has sent something that some server takes for QUIT (Dovecot
+	// "QUIT x", Cyrus the rest of a line that it cuts at 8 KiB).
+	mayQuit bool
+	proven  bool
+
+	// waiting are the commands that have no reply yet, oldest first. Above
+	// mostWaiting they are not followed any more.
+	waiting []pop3Reply
+	lost    bool
+	multi   bool // inside a multi-line reply
 }
+
+// pop3Reply is what a command is answered with.
+type pop3Reply byte
+
+const (
+	pop3Single pop3Reply = iota
+	pop3Multi            // if it is positive: lines up to a dot
+	pop3Quit
+)
+
+// mostWaiting bounds the commands that a client may pipeline and still get a
+// proof from its QUIT.
+const mostWaiting = 1024
 
 func (d *pop3Dialect) tracker() splice.Tracker { return &pop3Tracker{} }
 
@@ -23,11 +45,34 @@ func (t *pop3Tracker) Up(p []byte) error {
 		n, line := t.up.next(p)
 		p = p[n:]
 		if line {
-			t.quit = t.quit || strings.EqualFold(string(bytes.TrimSpace(t.up.line())), "QUIT")
+			t.command(t.up.line(), t.up.long())
 			t.up.reset()
 		}
 	}
 	return nil
+}
+
+func (t *pop3Tracker) command(line []byte, long bool) {
+	word, rest, _ := strings.Cut(string(bytes.TrimSpace(line)), " ")
+	reply := pop3Single
+	switch word = strings.ToUpper(word); word {
+	case "QUIT":
+		t.quit = t.quit || rest == ""
+		reply = pop3Quit
+	case "RETR", "TOP", "CAPA":
+		reply = pop3Multi
+	case "LIST", "UIDL", "LANG", "AUTH":
+		if rest == "" {
+			reply = pop3Multi
+		}
+	}
+	t.mayQuit = t.mayQuit || long || strings.HasPrefix(word, "QUIT")
+	if len(t.waiting) == mostWaiting {
+		t.lost, t.waiting = true, nil
+	}
+	if !t.lost {
+		t.waiting = append(t.waiting, reply)
+	}
 }
 
 func (t *pop3Tracker) Down(p []byte) []byte {
@@ -35,27 +80,41 @@ func (t *pop3Tracker) Down(p []byte) []byte {
 		n, line := t.down.next(rest)
 		rest = rest[n:]
 		if line {
-			head := t.down.line()
-			t.replied = bytes.HasPrefix(head, []byte("+OK")) || bytes.HasPrefix(head, []byte("-ERR"))
+			t.reply(t.down.line())
 			t.down.reset()
 		}
 	}
 	return p
 }
 
+func (t *pop3Tracker) reply(line []byte) {
+	if t.multi {
+		t.multi = string(line) != "."
+		return
+	}
+	positive := bytes.HasPrefix(line, []byte("+OK"))
+	if len(t.waiting) == 0 || !positive && !bytes.HasPrefix(line, []byte("-ERR")) {
+		return
+	}
+	switch t.waiting[0] {
+	case pop3Multi:
+		t.multi = positive
+	case pop3Quit:
+		t.proven = t.quit
+	}
+	t.waiting = t.waiting[1:]
+}
+
 func (t *pop3Tracker) Farewell() []byte { return nil }
 func (t *pop3Tracker) Leaving() bool    { return t.quit }
 func (t *pop3Tracker) Nudge() []byte    { return nil }
+func (t *pop3Tracker) Proven() bool     { return t.proven }
 
-// Proven waits for the end of the stream: that a reply is QUIT's and not an
-// earlier, pipelined command's shows only there.
-func (t *pop3Tracker) Proven() bool { return false }
-
-func (t *pop3Tracker) Ended(clean, halfClosed, eofProves bool) bool {
-	if !t.quit {
+func (t *pop3Tracker) Ended(clean, _, eofProves bool) bool {
+	if !t.mayQuit {
 		return true // no QUIT, no UPDATE, nothing written
 	}
-	return clean && (eofProves || t.replied && !halfClosed)
+	return t.proven || clean && eofProves
 }
 
 // LastWords: none; a response may be half sent, and POP3 has no untagged ones.

@@ -157,7 +157,7 @@ func TestSieveChallenge(t *testing.T) {
 		if (err == nil) != (test.reason == -1) || err != nil && reasonOf(err) != test.reason || string(got) != test.want {
 			t.Errorf("%q: %q, %v", test.said, got, err)
 		}
-		if written.String() != "\"VXNlcm5hbWU6\"\r\n" {
+		if written.String() != "{12}\r\nVXNlcm5hbWU6\r\n" {
 			t.Errorf("challenge %q", written.String())
 		}
 	}

@@ -12,42 +12,92 @@ import (
 // by itself.
 type sieveTracker struct {
 	up, down lineScan
-	logout   bool // the client has sent LOGOUT
-	said     bool // we have
-	final    bool // the backend's last line was a final response (OK, NO, BYE)
-	bye      bool // it was a BYE
-	held     []byte
-	out      []byte
+	quoted   bool // the client's line stands inside quotes
+	escaped  bool // ... behind a backslash
+	matched  int  // octets of UNAUTHENTICATE that the client's stream ends with
+
+	logout  bool // the client has sent LOGOUT
+	said    bool // we have
+	pending int  // commands that have no final response yet
+	final   bool // the backend's last line was a final response (OK, NO, BYE)
+	bye     bool // it was a BYE
+	held    []byte
+	out     []byte
 }
 
 func (d *sieveDialect) tracker() splice.Tracker { return &sieveTracker{} }
 
 func (t *sieveTracker) Up(p []byte) error {
-	whole := t.up.atStart() // the line at hand lies in p from its start
+	if t.unauthenticate(p) {
+		return errUnauthenticate
+	}
 	for len(p) > 0 {
+		inLiteral := t.up.literal > 0
 		n, line := t.up.next(p)
+		if !inLiteral {
+			t.quote(p[:n])
+		}
 		p = p[n:]
 		if !line {
 			continue
 		}
-		if m := t.up.marker(); m.found {
+		m, quoted := t.up.marker(), t.quoted
+		t.quoted, t.escaped = false, false
+		if m.odd {
+			return errOddLiteral
+		}
+		if m.found && !quoted {
 			t.up.resume(m.octets)
 			continue
 		}
-		verb, _, _ := bytes.Cut(t.up.line(), []byte(" "))
-		switch strings.ToUpper(string(verb)) {
-		case "LOGOUT":
-			t.logout = true
-		case "UNAUTHENTICATE":
-			if whole {
-				t.up.reset() // nothing of it has gone out
-			}
-			return errUnauthenticate
-		}
+		verb, _, _ := bytes.Cut(bytes.TrimSpace(t.up.line()), []byte(" "))
+		t.logout = t.logout || strings.EqualFold(string(verb), "LOGOUT")
+		t.pending++
 		t.up.reset()
-		whole = true
 	}
 	return nil
+}
+
+// quote follows quoted strings; a marker inside them is none.
+func (t *sieveTracker) quote(p []byte) {
+	for _, b := range p {
+		switch {
+		case t.escaped:
+			t.escaped = false
+		case b == '\\':
+			t.escaped = t.quoted
+		case b == '"':
+			t.quoted = !t.quoted
+		}
+	}
+}
+
+// unauthenticate looks for the word anywhere in the client's stream, scripts
+// included: after an error Cyrus goes on with the next word, so that what is a
+// string to us may be a command to it (measured on 3.6).
+func (t *sieveTracker) unauthenticate(p []byte) bool {
+	const word = "UNAUTHENTICATE"
+	for _, b := range p {
+		if b >= 'a' && b <= 'z' {
+			b -= 'a' - 'A'
+		}
+		if t.matched == 4 && b != word[4] {
+			t.matched = 1 // "UNAU" ends with "U"
+		}
+		switch b {
+		case word[t.matched]:
+			t.matched++
+		case word[0]:
+			t.matched = 1
+		default:
+			t.matched = 0
+		}
+		if t.matched == len(word) {
+			t.matched = 0
+			return true
+		}
+	}
+	return false
 }
 
 // Down holds back a final response once we have said LOGOUT: it is our
@@ -107,6 +157,9 @@ func (t *sieveTracker) response() {
 	w := strings.ToUpper(string(word))
 	t.bye = w == "BYE"
 	t.final = t.bye || w == "OK" || w == "NO"
+	if t.final && t.pending > 0 {
+		t.pending--
+	}
 	t.down.reset()
 }
 
@@ -115,6 +168,8 @@ func (t *sieveTracker) Farewell() []byte {
 		return nil
 	}
 	t.said = true
+	t.pending++
+	t.final = false
 	return []byte("LOGOUT\r\n")
 }
 
@@ -128,7 +183,8 @@ func (t *sieveTracker) Ended(clean, halfClosed, eofProves bool) bool {
 	if !clean {
 		return false
 	}
-	return eofProves || t.final && !halfClosed && (t.said || t.logout || t.bye)
+	answered := (t.said || t.logout) && t.pending == 0 && t.final
+	return eofProves || !halfClosed && (answered || t.bye)
 }
 
 func (t *sieveTracker) LastWords(why splice.Cause) []byte {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -38,14 +39,6 @@ type running struct {
 	stop          context.CancelFunc
 }
 
-// startDemo runs the demo on free ports, in a TMPDIR of its own.
-func startDemo(t testing.TB, linger time.Duration) *running {
-	t.Helper()
-	r, err := runDemo(t.Context(), shortDir(t), linger)
-	must(t, err)
-	return r
-}
-
 func shortDir(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "ph")
@@ -59,6 +52,8 @@ var (
 	tlsAt      = regexp.MustCompile(`imaps://([^/\s]+)/`)
 )
 
+// runDemo starts the demo on free ports, with its socket in dir, and returns
+// when it has said what to type.
 func runDemo(ctx context.Context, dir string, linger time.Duration) (*running, error) {
 	ctx, stop := context.WithCancel(ctx)
 	in, out := io.Pipe()
@@ -98,9 +93,16 @@ func runDemo(ctx context.Context, dir string, linger time.Duration) (*running, e
 // hear waits until the demo says a line with all parts.
 func (r *running) hear(t testing.TB, parts ...string) {
 	t.Helper()
-	for line := range r.said {
-		if !slices.ContainsFunc(parts, func(p string) bool { return !strings.Contains(line, p) }) {
-			return
+	patience := time.After(20 * time.Second)
+	for open := true; open; {
+		var line string
+		select {
+		case line, open = <-r.said:
+			if open && !slices.ContainsFunc(parts, func(p string) bool { return !strings.Contains(line, p) }) {
+				return
+			}
+		case <-patience:
+			open = false
 		}
 	}
 	t.Fatalf("the demo has not said %q", parts)
@@ -138,9 +140,11 @@ func inbox(t testing.TB, c *imapclient.Client) (subjects []string) {
 // TestDemo: what its first lines promise. A user is logged in, the role is
 // switched, a login waits meanwhile, and the same mail is there.
 func TestDemo(t *testing.T) {
-	t.Setenv("TMPDIR", shortDir(t)) // where nothing may be left
+	dir := shortDir(t)
+	t.Setenv("TMPDIR", t.TempDir()) // where nothing may be left
 	began := time.Now()
-	r := startDemo(t, 500*time.Millisecond)
+	r, err := runDemo(t.Context(), dir, 1500*time.Millisecond)
+	must(t, err)
 	if took := time.Since(began); took > 3*time.Second {
 		t.Errorf("ready after %v", took)
 	}
@@ -187,6 +191,27 @@ func TestDemo(t *testing.T) {
 	}
 	if _, err := os.Lstat(r.socket); err == nil {
 		t.Error("the admin socket is still there")
+	}
+}
+
+// TestDemoInterrupted: Ctrl-C is a good end, exit code 0.
+func TestDemoInterrupted(t *testing.T) {
+	socket := filepath.Join(shortDir(t), "s")
+	// testscript.Main has put this binary into the PATH under its name.
+	cmd := exec.CommandContext(t.Context(), "posthouse", "demo", "--imap", "0", "--imaps", "0", "--socket", socket)
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	lines := bufio.NewScanner(out)
+	last := ""
+	for lines.Scan() {
+		if last = lines.Text(); strings.HasSuffix(last, "as it happens:") {
+			must(t, cmd.Process.Signal(os.Interrupt))
+		}
+	}
+	must(t, cmd.Wait())
+	if !strings.HasSuffix(last, "stopped") {
+		t.Errorf("its last line: %q", last)
 	}
 }
 

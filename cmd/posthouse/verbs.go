@@ -167,6 +167,8 @@ func printResidues(w io.Writer, role string, all []routing.Residue) {
 	}
 }
 
+const confirmedClean = "I have looked: nothing of the role's past sessions runs on its backends (clears the residues)"
+
 func initCommand() *cobra.Command {
 	var t target
 	var req admin.InitRequest
@@ -188,6 +190,7 @@ func initCommand() *cobra.Command {
 	t.flags(c)
 	c.Flags().StringVar(&req.Active, "active", "", "the `BACKEND` that serves the role from now on")
 	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
+	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false, confirmedClean)
 	_ = c.MarkFlagRequired("active") // it is defined above
 	return c
 }
@@ -214,8 +217,7 @@ func switchCommand() *cobra.Command {
 	t.flags(c)
 	c.Flags().StringVar(&req.To, "to", "", "the `BACKEND` that shall serve the role")
 	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
-	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false,
-		"I have looked: nothing of the role's past sessions runs on its backends (clears the residues)")
+	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false, confirmedClean)
 	_ = c.MarkFlagRequired("to") // it is defined above
 	return c
 }

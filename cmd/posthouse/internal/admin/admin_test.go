@@ -39,6 +39,13 @@ func (everybody) Lookup(_ context.Context, name string) (routing.Entry, error) {
 	return routing.Entry{User: name, Role: "r"}, nil
 }
 
+func lower(name string) (string, error) {
+	if strings.Contains(name, "%") {
+		return "", errors.New("a separator")
+	}
+	return strings.ToLower(name), nil
+}
+
 // frontend is a role table, and the API over a real socket.
 type frontend struct {
 	table  *routing.Table
@@ -63,7 +70,7 @@ func start(t testing.TB, dir string, budget time.Duration) *frontend {
 	l, err := Listen(path, 0o600)
 	must(t, err)
 	sessions := func() []proxy.SessionInfo { return []proxy.SessionInfo{{ID: "S1", User: "u"}} }
-	s := NewServer(NewHandler(Source{Table: table, Sessions: sessions, Version: "9"}))
+	s := NewServer(NewHandler(Source{Table: table, Sessions: sessions, Version: "9", Normalize: lower}))
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	f := &frontend{table: table, client: NewClient(path)}
@@ -109,13 +116,15 @@ func TestReading(t *testing.T) {
 	if len(sessions) != 1 || sessions[0].ID != "S1" {
 		t.Errorf("sessions: %+v", sessions)
 	}
-	x, err := f.client.Explain(t.Context(), "u & v")
+	x, err := f.client.Explain(t.Context(), "U & v")
 	must(t, err)
-	if x.User != "u & v" || x.Backend != "a" || x.Addresses["imap"] != "192.0.2.1:143" {
+	if x.Asked != "U & v" || x.User != "u & v" || x.Backend != "a" || x.Addresses["imap"] != "192.0.2.1:143" {
 		t.Errorf("explanation: %+v", x)
 	}
-	if x, err = f.client.Explain(t.Context(), "nobody"); err != nil || x.Error == "" {
-		t.Errorf("explanation of nobody: %+v, %v", x, err)
+	for _, name := range []string{"nobody", "u%v"} {
+		if x, err = f.client.Explain(t.Context(), name); err != nil || x.Asked != name || x.Error == "" {
+			t.Errorf("explanation of %s: %+v, %v", name, x, err)
+		}
 	}
 }
 
@@ -228,6 +237,9 @@ func TestSwitchInterrupted(t *testing.T) {
 func TestInit(t *testing.T) {
 	dir := t.TempDir()
 	f := start(t, dir, 0)
+	stay, err := f.table.Enter(t.Context(), "u")
+	must(t, err)
+	stay.Leave(routing.End{Why: "the residue that would keep b from opening"})
 	f.close()
 	must(t, os.Remove(filepath.Join(dir, "table.json")))
 	f = start(t, dir, 0)
@@ -240,7 +252,9 @@ func TestInit(t *testing.T) {
 	if _, err := f.client.Switch(t.Context(), SwitchRequest{Role: "r", To: "b"}, func(Progress) {}); err == nil {
 		t.Error("a role in doubt was switched")
 	}
-	rec, err := f.client.InitRole(t.Context(), InitRequest{Role: "r", Active: "b", Who: "me", Reason: "newest mail"}, func(Progress) {})
+	rec, err := f.client.InitRole(t.Context(), InitRequest{
+		Role: "r", Active: "b", Who: "me", Reason: "newest mail", ConfirmedClean: true,
+	}, func(Progress) {})
 	must(t, err)
 	if !rec.Done || rec.Who != "me (newest mail)" {
 		t.Errorf("record: %+v", rec)

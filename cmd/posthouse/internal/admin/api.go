@@ -25,6 +25,9 @@ type Source struct {
 	Table    *routing.Table
 	Sessions func() []proxy.SessionInfo
 	Version  string
+	// Normalize gives a login name its canonical spelling, as a login does
+	// before its lookup. Nil: names are looked up as they are asked.
+	Normalize func(name string) (string, error)
 }
 
 // Role is one role as the frontend that was asked sees it.
@@ -61,6 +64,8 @@ type InitRequest struct {
 	Active string `json:"active"`
 	Who    string `json:"who,omitempty"`
 	Reason string `json:"reason,omitempty"`
+	// ConfirmedClean is a SwitchRequest's.
+	ConfirmedClean bool `json:"confirmed_clean,omitempty"`
 }
 
 // Progress is one line of the answer to a switch. The last line has Record,

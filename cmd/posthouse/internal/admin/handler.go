@@ -90,7 +90,16 @@ func (h *handler) explain(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
 	defer cancel()
-	x := h.Table.Explain(ctx, user)
+	name := user
+	if h.Normalize != nil {
+		var err error
+		if name, err = h.Normalize(user); err != nil {
+			reply(w, Explanation{Explanation: routing.Explanation{Asked: user, Error: err.Error()}})
+			return
+		}
+	}
+	x := h.Table.Explain(ctx, name)
+	x.Asked = user
 	reply(w, Explanation{x, h.Table.Snapshot().Backends[x.Backend]})
 }
 
@@ -124,6 +133,12 @@ func (h *handler) initRole(w http.ResponseWriter, r *http.Request) {
 		who += " (" + req.Reason + ")"
 	}
 	h.stream(w, r, req.Role, func(ctx context.Context, _ func(routing.Event)) (routing.SwitchRecord, error) {
+		if req.ConfirmedClean {
+			// A role that the table has lost has no residues there either.
+			if err := h.Table.ConfirmClean(ctx, req.Role); err != nil && !errors.Is(err, routing.ErrConflict) {
+				return routing.SwitchRecord{}, err
+			}
+		}
 		return h.Table.InitRole(ctx, req.Role, req.Active, who)
 	})
 }
