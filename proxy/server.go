@@ -188,6 +188,7 @@ func (s *Server) serve(ctx context.Context, l Listener, conn net.Conn) {
 		c.close() // without lingering: that would keep the connection
 		return
 	}
+	defer sess.survive()
 	sess.run(ctx)
 }
 

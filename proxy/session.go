@@ -27,6 +27,7 @@ type session struct {
 	from   origin
 	log    *zap.Logger
 
+	stay     *routing.Stay // the last that was entered
 	implicit bool
 	tries    int
 	until    time.Time // the end of preauth_timeout
@@ -68,6 +69,21 @@ func (s *session) run(ctx context.Context) {
 		return
 	}
 	splice.Close(s.c.conn)
+	s.server.forget(s.listed)
+}
+
+// survive keeps a fault in one login from ending all sessions. Where a stay is
+// open nothing is known of its backend session: it leaves a residue.
+func (s *session) survive() {
+	fault := recover()
+	if fault == nil {
+		return
+	}
+	s.log.Error("internal fault in a login", zap.Any("fault", fault), zap.Stack("stack"), zap.String("action", s.listed.Action()))
+	s.c.close()
+	if s.stay != nil {
+		s.stay.Leave(routing.End{Why: "internal fault"})
+	}
 	s.server.forget(s.listed)
 }
 
@@ -212,6 +228,7 @@ func (s *session) enter(ctx context.Context, id auth.Identity) (*leg, error) {
 	if err != nil {
 		return nil, &Error{Reason: Unavailable, Op: "look up the role", Err: err}
 	}
+	s.stay = stay
 	s.listed.set(func(l *Session) { l.User, l.Role, l.Backend, l.Epoch = stay.User, stay.Role, stay.Backend, stay.Epoch })
 	return &leg{stay: stay}, nil
 }

@@ -117,6 +117,10 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	if i.state, err = statedir.Open(i.cfg.StateDir); err != nil {
 		return err
 	}
+	if fs := i.state.Volatile(); fs != "" {
+		i.log.Warn("state_dir does not survive a reboot: the role table would be seeded again from the configuration",
+			zap.String("state_dir", i.cfg.StateDir), zap.String("file_system", fs))
+	}
 	if i.store, err = filestore.Open(i.state); err != nil {
 		_ = i.state.Close()
 		return err

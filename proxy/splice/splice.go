@@ -7,8 +7,10 @@ package splice
 import (
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -68,6 +70,7 @@ const (
 	ShuttingDown  Cause = "shutting down"
 	Forbidden     Cause = "forbidden command"
 	CutOff        Cause = "login cut off"
+	Fault         Cause = "internal fault"
 )
 
 // Result is what a session has come to.
@@ -119,6 +122,7 @@ type Splice struct {
 	down    atomic.Int64
 	mu      sync.Mutex // the tracker's
 	discard atomic.Bool
+	broken  atomic.Bool // a tracker has panicked: it proves nothing any more
 
 	deadlines sync.Mutex
 	draining  bool // write deadlines are drain's
@@ -145,6 +149,7 @@ func (s *Splice) Octets() (up, down int64) { return s.up.Load(), s.down.Load() }
 type ended struct {
 	err       error // nil: EOF
 	forbidden bool
+	fault     bool
 	write     bool // err is of the write side
 }
 
@@ -155,10 +160,10 @@ func (s *Splice) run() {
 		s.discard.Store(true)
 		upDone <- ended{}
 	} else {
-		pumps.Go(func() { upDone <- s.pumpUp() })
+		pumps.Go(func() { upDone <- s.survive(s.pumpUp) })
 	}
 	proven := make(chan struct{})
-	pumps.Go(func() { downDone <- s.pumpDown(proven) })
+	pumps.Go(func() { downDone <- s.survive(func() ended { return s.pumpDown(proven) }) })
 
 	res := s.wait(&upDone, &downDone)
 	s.drain(&res, upDone, downDone, proven)
@@ -170,6 +175,18 @@ func (s *Splice) run() {
 	if s.cfg.Done != nil {
 		s.cfg.Done(res)
 	}
+}
+
+// survive keeps a fault in following one session's stream from ending all the
+// others: the session ends, without proof.
+func (s *Splice) survive(pump func() ended) (e ended) {
+	defer func() {
+		if fault := recover(); fault != nil {
+			s.broken.Store(true)
+			e = ended{err: fmt.Errorf("fault in following the session: %v\n%s", fault, debug.Stack()), fault: true}
+		}
+	}()
+	return pump()
 }
 
 // wait returns when something ends the session. The channel of a pump that has
@@ -192,6 +209,8 @@ func (s *Splice) wait(upDone, downDone *chan ended) Result {
 		case e := <-*upDone:
 			*upDone = nil
 			switch {
+			case e.fault:
+				return Result{Cause: Fault, Err: e.err}
 			case e.forbidden:
 				return Result{Cause: Forbidden, Err: e.err}
 			case e.write:
@@ -218,6 +237,9 @@ func (s *Splice) wait(upDone, downDone *chan ended) Result {
 }
 
 func (s *Splice) backendEnded(e ended) Result {
+	if e.fault {
+		return Result{Cause: Fault, Err: e.err}
+	}
 	res := Result{Cause: BackendClosed, Err: e.err}
 	if e.err != nil {
 		res.Cause = BackendLost
@@ -259,14 +281,16 @@ func (s *Splice) drain(res *Result, upDone, downDone chan ended, proven chan str
 		case <-over.C:
 		}
 	}
-	if downDone != nil && time.Now().Before(deadline) {
+	if downDone != nil && time.Now().Before(deadline) && !s.broken.Load() {
 		s.sayFarewell(res, downDone, proven, deadline)
 	}
-	if !res.Proven {
-		s.mu.Lock()
-		res.Proven = s.cfg.Tracker.Proven()
-		s.mu.Unlock()
+	if s.broken.Load() {
+		res.Proven = false
+		return
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	res.Proven = res.Proven || s.cfg.Tracker.Proven()
 }
 
 // sayFarewell returns when the backend has proven that it is done, has ended,
@@ -284,9 +308,7 @@ func (s *Splice) sayFarewell(res *Result, downDone chan ended, proven chan struc
 		_, _ = s.cfg.Backend.Write(words) // a failure shows as the end of its stream
 	default:
 		halfClosed = true
-		if c, ok := s.cfg.Backend.(interface{ CloseWrite() error }); ok {
-			_ = c.CloseWrite()
-		}
+		halfClose(s.cfg.Backend)
 	}
 	quiet := time.NewTimer(nudgeAfter)
 	defer quiet.Stop()
@@ -312,6 +334,19 @@ func (s *Splice) sayFarewell(res *Result, downDone chan ended, proven chan struc
 	}
 }
 
+// halfClose says that nothing more will come: under TLS a close_notify and then
+// a FIN. Cyrus, cut off inside a literal, takes the first for the literal's end
+// and waits on the socket for the second.
+func halfClose(conn net.Conn) {
+	c, ok := conn.(interface{ CloseWrite() error })
+	if !ok || c.CloseWrite() != nil {
+		return
+	}
+	if t, ok := conn.(*tls.Conn); ok {
+		halfClose(t.NetConn())
+	}
+}
+
 // merge keeps the cause that came first and takes the proof of the second.
 func merge(first, second Result) Result {
 	first.Proven = second.Proven
@@ -325,7 +360,7 @@ func (s *Splice) closeClient(res *Result) {
 	if s.cfg.Client == nil {
 		return
 	}
-	if !s.discard.Load() {
+	if !s.discard.Load() && !s.broken.Load() {
 		s.mu.Lock()
 		words := s.cfg.Tracker.LastWords(res.Cause)
 		s.mu.Unlock()
@@ -378,10 +413,7 @@ func (s *Splice) closeBackend(proven bool) {
 // pumpUp copies client → backend until the client ends.
 func (s *Splice) pumpUp() ended {
 	pass := func(p []byte) *ended {
-		s.mu.Lock()
-		err := s.cfg.Tracker.Up(p)
-		s.mu.Unlock()
-		if err != nil {
+		if err := s.seeUp(p); err != nil {
 			return &ended{err: err, forbidden: true}
 		}
 		n, err := s.write(s.cfg.Backend, p)
@@ -419,10 +451,7 @@ func (s *Splice) pumpUp() ended {
 // backend's last answer is still the proof.
 func (s *Splice) pumpDown(proven chan struct{}) ended {
 	pass := func(p []byte) bool {
-		s.mu.Lock()
-		out := s.cfg.Tracker.Down(p)
-		done := s.cfg.Tracker.Proven()
-		s.mu.Unlock()
+		out, done := s.seeDown(p)
 		if len(out) > 0 && !s.discard.Load() {
 			n, err := s.write(s.cfg.Client, out)
 			s.count(&s.down, n)
@@ -455,6 +484,18 @@ func (s *Splice) pumpDown(proven chan struct{}) ended {
 			return ended{err: err}
 		}
 	}
+}
+
+func (s *Splice) seeUp(p []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cfg.Tracker.Up(p)
+}
+
+func (s *Splice) seeDown(p []byte) (pass []byte, proven bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cfg.Tracker.Down(p), s.cfg.Tracker.Proven()
 }
 
 func (s *Splice) write(to net.Conn, p []byte) (int, error) {
