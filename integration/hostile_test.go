@@ -190,6 +190,26 @@ func clientHello() ([]byte, error) {
 	return raw[:n], err
 }
 
+// TestHalfHellosStarveNobody: however many strangers begin a handshake and
+// stop, somebody else is greeted at once.
+func TestHalfHellosStarveNobody(t *testing.T) {
+	t.Parallel()
+	p := startFrontend(t, deadSite(t))
+	hello, err := clientHello()
+	must(t, err)
+	for range 100 {
+		conn, err := net.DialTimeout("tcp", p.service().at["imap/implicit"], 5*time.Second)
+		must(t, err)
+		defer conn.Close()
+		_, err = conn.Write(hello[:len(hello)/2])
+		must(t, err)
+	}
+	w, err := dialWire(p.service().at["imap/implicit"], lab.ca.client(p.name))
+	must(t, err)
+	_, _, err = w.keep(t).until(5*time.Second, "* OK")
+	must(t, err)
+}
+
 // peakMemory is the process's peak resident set in octets.
 func (p *posthouse) peakMemory(t testing.TB) int {
 	t.Helper()

@@ -41,7 +41,22 @@ var ways = []way{
 	{"sieve", "LOGIN", "sieve-connect", sieveConnectScripts},
 	{"sieve", "PLAIN-IR", "sivtest", sivtestScripts},
 	{"sieve", "LOGIN", "sivtest", sivtestScripts},
+	{"sieve", "PLAIN-IR", "openssl", opensslScripts},
 	{"sieve", "PLAIN", "openssl", opensslScripts},
+	{"sieve", "LOGIN", "openssl", opensslScripts},
+}
+
+// startTLSOnly are stock clients that know no implicit TLS for ManageSieve
+// (sivtest -s: "protocol cannot be SSL-wrapped"). There s_client, with the
+// commands typed, stands in for all mechanisms; with STARTTLS, only for what
+// the others cannot do.
+var startTLSOnly = []string{"sieve-connect", "sivtest"}
+
+func (w way) fits(tls string) bool {
+	if tls == "implicit" {
+		return !slices.Contains(startTLSOnly, w.client)
+	}
+	return w.client != "openssl" || w.how == "PLAIN"
 }
 
 // everyWay runs the matrix against s, one fresh user per row; the rows run in
@@ -52,8 +67,8 @@ func everyWay(t *testing.T, s service, users []string, deliver func(t testing.TB
 	row := 0
 	for _, tls := range []string{"starttls", "implicit"} {
 		for _, w := range ways {
-			if s.at[w.protocol+"/"+tls] == "" || w.client == "sieve-connect" && tls == "implicit" {
-				continue // a door this server does not have; sieve-connect knows STARTTLS only
+			if s.at[w.protocol+"/"+tls] == "" || !w.fits(tls) {
+				continue // a door this server does not have
 			}
 			if s.quotesChallenges && w.client == "sivtest" && w.how == "LOGIN" {
 				continue // sivtest waits for ever behind a challenge that is no literal
@@ -196,14 +211,25 @@ func sivtestScripts(t *testing.T, d door, l login) {
 	manageScripts(t, c)
 }
 
-// opensslScripts is for the login that no stock client does: AUTHENTICATE PLAIN
-// without initial response, typed into s_client.
+// opensslScripts is for the logins that no stock client does: typed into
+// s_client.
 func opensslScripts(t *testing.T, d door, l login) {
 	c := openssl(t, d)
 	c.expect(t, `(?m)^OK`)
-	c.say(t, `AUTHENTICATE "PLAIN"`)
-	c.expect(t, `(?m)^(\{0\}\r?\n|""\r?$)`)
-	c.say(t, `"%s"`, plain("", l.user, password))
+	switch l.how {
+	case "PLAIN-IR":
+		c.say(t, `AUTHENTICATE "PLAIN" "%s"`, plain("", l.user, password))
+	case "PLAIN":
+		c.say(t, `AUTHENTICATE "PLAIN"`)
+		c.expect(t, `(?m)^(\{0\}\r?\n|""\r?$)`)
+		c.say(t, `"%s"`, plain("", l.user, password))
+	case "LOGIN":
+		c.say(t, `AUTHENTICATE "LOGIN"`)
+		for _, answer := range []string{l.user, password} {
+			c.expect(t, `(?m)^"?[A-Za-z0-9+/]+=*"?\r?\n`) // quoted, or behind {n}
+			c.say(t, `"%s"`, base64.StdEncoding.EncodeToString([]byte(answer)))
+		}
+	}
 	c.expect(t, `(?m)^OK`)
 	manageScripts(t, c)
 }

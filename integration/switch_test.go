@@ -28,8 +28,10 @@ import (
 //
 // Neither instance is `readonly`: a frontend that lets a user in on the wrong
 // side shows up in that side's log, instead of being saved by the backend.
+//
+// It is not parallel: fifty clients that come back at once are load enough for
+// two cores, and their patience is a real client's.
 func TestSwitchUnderFire(t *testing.T) {
-	t.Parallel()
 	all := userNames(52)
 	workers, stalled, late := all[:50], all[50], all[51]
 	pair := newCyrusPair(t, all...)
@@ -70,7 +72,7 @@ func TestSwitchUnderFire(t *testing.T) {
 	select {
 	case err := <-lateLogin:
 		must(t, err)
-	case <-time.After(10 * time.Second):
+	case <-time.After(30 * time.Second): // it gives up by itself before
 		t.Fatal("the login that came during the hold is still waiting")
 	}
 	crowd.everybodyLogsIn(t, opened)
@@ -130,6 +132,41 @@ func TestSwitchBackAndForth(t *testing.T) {
 		}
 	}
 	mustNotOverlap(t, pair.a, pair.b)
+}
+
+// TestSwitchWithinAppend: a client that is in the middle of an APPEND when its
+// role is moved may finish it, gets its OK, and then the BYE. On Dovecot there
+// would be no proof of the end otherwise, and the switch would abort.
+func TestSwitchWithinAppend(t *testing.T) {
+	t.Parallel()
+	within := func(t *testing.T, p *posthouse) {
+		w := p.as(t, "u0001")
+		const message = "Subject: half\r\n\r\nand half\r\n"
+		must(t, w.say("m APPEND INBOX {%d}", len(message)))
+		_, _, err := w.until(5*time.Second, "+")
+		must(t, err)
+		_, err = io.WriteString(w, message[:10])
+		must(t, err)
+		ended := p.startSwitch(t, "b")
+		becomes(5*time.Second, func() bool { return p.role(t).Phase == "hold" })
+		must(t, w.say("%s", message[10:]))
+		_, _, err = w.tagged(10*time.Second, "m")
+		must(t, err)
+		must(t, w.farewell(10*time.Second))
+		mustOpen(t, <-ended)
+		if r := p.mustBeOn(t, "b"); len(r.Residues) > 0 {
+			t.Errorf("residues: %+v", r.Residues)
+		}
+	}
+	t.Run("cyrus", func(t *testing.T) {
+		pair := newCyrusPair(t, "u0001")
+		within(t, startFrontend(t, newSite(t, pair.a.backend(), pair.b.backend(), "u0001")))
+		mustNotOverlap(t, pair.a, pair.b)
+	})
+	t.Run("dovecot", func(t *testing.T) {
+		a, b := newDovecot(t), newDovecot(t)
+		within(t, startFrontend(t, newSite(t, a.backend(), b.backend(), "u0001")))
+	})
 }
 
 // freeze stops the Cyrus process that serves user's newest session, and returns

@@ -42,8 +42,8 @@ type dialect interface {
 
 	// partingWords ends a conversation with a backend before any login.
 	partingWords() string
-	// tracker returns what follows a session from here to its end.
-	tracker() splice.Tracker
+	// tracker returns what follows a session with b from here to its end.
+	tracker(b *lineConn) splice.Tracker
 }
 
 // request is what a client wants that session.go must decide about.

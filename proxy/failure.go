@@ -3,6 +3,7 @@ package proxy
 import (
 	"errors"
 	"fmt"
+	"strings"
 )
 
 // Reason says why a client is refused. Each dialect has its protocol's own
@@ -31,7 +32,7 @@ const (
 	// Cancelled: the client gave up the SASL exchange by "*".
 	Cancelled
 	// Malformed: the SASL response was no base64, or no message of the
-	// mechanism.
+	// mechanism; or what should have been a TLS handshake came to none.
 	Malformed
 	// UnknownMechanism: a SASL mechanism that we do not offer.
 	UnknownMechanism
@@ -50,12 +51,16 @@ const (
 	// backend demands TLS, offers no PLAIN, ...). Temporary for the client,
 	// an alarm for the operator.
 	Misconfigured
+	// RoleDisagreement: the backend refers the user to another one. Only the
+	// role table says where a user is: temporary for the client, an alarm for
+	// the operator.
+	RoleDisagreement
 )
 
 var reasonNames = [...]string{
 	"unavailable", "wrong_credentials", "not_authorized", "privacy_required", "too_many", "too_long", "timed_out",
 	"cancelled", "malformed", "unknown_mechanism", "pipelined", "in_use", "login_delay", "shutting_down", "overloaded",
-	"misconfigured",
+	"misconfigured", "role_disagreement",
 }
 
 // String gives the reason's name in logs and metrics.
@@ -65,6 +70,9 @@ func (r Reason) String() string {
 	}
 	return fmt.Sprintf("reason(%d)", int(r))
 }
+
+// alarms says whether the operator has to do something about it.
+func (r Reason) alarms() bool { return r == Misconfigured || r == RoleDisagreement }
 
 // closes says whether the client's connection ends with this refusal.
 func (r Reason) closes() bool {
@@ -126,9 +134,22 @@ func ofBackend(op string, err error) error {
 		return failf(Unavailable, op, "the backend closed the connection")
 	case reason == Pipelined: // somebody in between, or a server that must not be trusted
 		reason = Misconfigured
-	case reason == WrongCredentials || reason == InUse || reason == LoginDelay || reason == Misconfigured:
+	case reason == WrongCredentials || reason == InUse || reason == LoginDelay || reason == Misconfigured || reason == RoleDisagreement:
 	default:
 		reason = Unavailable
 	}
 	return &Error{Reason: reason, Op: op, Err: err}
+}
+
+// soundsTemporary says whether a backend that has no codes for it speaks of a
+// fault and not of a wrong password: Cyrus says "generic failure" while
+// saslauthd is down.
+func soundsTemporary(text string) bool {
+	text = strings.ToLower(text)
+	for _, words := range []string{"generic failure", "temporar", "unavailable", "try again", "internal error"} {
+		if strings.Contains(text, words) {
+			return true
+		}
+	}
+	return false
 }

@@ -200,6 +200,7 @@ func (d *imapDialect) proceed(c *lineConn, req request) error {
 var imapAnswers = map[Reason]string{
 	Unavailable:      "NO [UNAVAILABLE] Account is temporarily unavailable.",
 	Misconfigured:    "NO [UNAVAILABLE] Account is temporarily unavailable.",
+	RoleDisagreement: "NO [UNAVAILABLE] Account is temporarily unavailable.",
 	WrongCredentials: "NO [AUTHENTICATIONFAILED] Authentication failed.",
 	NotAuthorized:    "NO [AUTHORIZATIONFAILED] Not authorized to act as this user.",
 	PrivacyRequired:  "NO [PRIVACYREQUIRED] Use STARTTLS first.",
@@ -373,6 +374,9 @@ func (d *imapDialect) logIn(b *lineConn, announced []string, as auth.Credentials
 		b.claimed = false
 		return welcome{}, imapRefusal(r)
 	}
+	if word, _, _ := strings.Cut(r.code, " "); strings.EqualFold(word, "REFERRAL") { // RFC 2221 §4.1
+		return welcome{}, failf(RoleDisagreement, "AUTHENTICATE", "the backend refers to another: %q", clip(r.line))
+	}
 	if !b.claimed {
 		return welcome{}, failf(Misconfigured, "AUTHENTICATE", "the backend lets in without credentials: %q", clip(r.line))
 	}
@@ -399,13 +403,13 @@ func imapRefusal(r imapResponse) error {
 	code, _, _ := strings.Cut(r.code, " ")
 	switch imap.ResponseCode(strings.ToUpper(code)) {
 	case "", imap.ResponseCodeAuthenticationFailed, imap.ResponseCodeAuthorizationFailed, imap.ResponseCodeExpired:
-		if r.word == "NO" {
+		if r.word == "NO" && !soundsTemporary(r.text) {
 			reason = WrongCredentials
 		}
 	case imap.ResponseCodeInUse:
 		reason = InUse
 	case "REFERRAL": // RFC 2221: the backend sends elsewhere; only the role table does
-		return failf(Unavailable, "AUTHENTICATE", "role disagreement, the backend refers to another: %q", clip(r.line))
+		return failf(RoleDisagreement, "AUTHENTICATE", "the backend refers to another: %q", clip(r.line))
 	}
 	return failf(reason, "AUTHENTICATE", "the backend refuses: %q", clip(r.line))
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"errors"
+	"slices"
 	"strings"
 
 	"github.com/posthouse/posthouse/proxy/splice"
@@ -13,35 +14,57 @@ var errOddLiteral = errors.New("a literal of a length that makes no sense: where
 
 var errUnauthenticate = errors.New("UNAUTHENTICATE would let a second user in without a route (RFC 8437)")
 
+var errCompress = errors.New("COMPRESS would hide the words that prove the session's end, see done in the configuration")
+
+var errLongTag = errors.New("a tag so long that the command cannot be told")
+
 // imapTracker follows a spliced IMAP session (design §4): where commands end,
-// whether it is in IDLE, whether COMPRESS hides the rest.
+// which have no answer yet, whether it is in IDLE, whether COMPRESS hides the
+// rest.
 type imapTracker struct {
 	up, down lineScan
+	// wordsOnly: only the backend's words prove its end, so COMPRESS must not
+	// hide them. The backend is made to refuse it.
+	wordsOnly bool
 
-	// Tags of the client's commands whose answers change how to end; empty
-	// where there is none in progress.
-	idle, compress, logout string
-	idling                 bool
+	// unanswered are the client's complete commands, oldest first. Above
+	// mostWaiting they are not followed any more (lost).
+	unanswered  []imapUnanswered
+	lost        bool
+	idling      bool // until DONE, or the end of IDLE
+	compressing bool // COMPRESS is unanswered
+	leaving     bool // LOGOUT was sent, and not refused
 	// literal is the tag of a command whose synchronizing literal the backend
 	// has neither asked for nor refused.
 	literal string
 	// opaque: COMPRESS is on; the stream is no text any more.
 	opaque bool
 	// bye: the last line of the backend was an untagged BYE.
-	bye    bool
+	bye bool
+	// said: the line before it was.
+	said   bool
 	proven bool
+	// cut: the client is inside a command that will never be completed.
+	cut bool
 
 	tag  string // of our own LOGOUT, once it was said
 	held []byte // of the backend's stream: what may become the answer to it
 	out  []byte
 }
 
-func (d *imapDialect) tracker() splice.Tracker { return &imapTracker{} }
+// imapUnanswered is a command that the backend has not answered yet. Tags may
+// be used twice: a backend answers the older one first.
+type imapUnanswered struct{ tag, verb string }
+
+func (d *imapDialect) tracker(b *lineConn) splice.Tracker {
+	return &imapTracker{wordsOnly: b.provenByWords}
+}
 
 func (t *imapTracker) Up(p []byte) error {
 	whole := t.up.atStart() // the line at hand lies in p from its start
 	for len(p) > 0 && !t.opaque {
 		n, line := t.up.next(p)
+		part := p[:n]
 		p = p[n:]
 		if !line {
 			continue
@@ -55,9 +78,10 @@ func (t *imapTracker) Up(p []byte) error {
 				t.literal, _ = tagAndVerb(t.up.line())
 			}
 			t.up.resume(m.octets)
+			whole = false
 			continue
 		}
-		if err := t.command(t.up.line()); err != nil {
+		if err := t.command(part, whole); err != nil {
 			if whole {
 				t.up.reset() // nothing of it has gone out
 			}
@@ -69,21 +93,40 @@ func (t *imapTracker) Up(p []byte) error {
 	return nil
 }
 
-func (t *imapTracker) command(line []byte) error {
-	if t.idling {
+// command takes a complete command, whose last physical line is part; whole
+// says that it is its only one.
+func (t *imapTracker) command(part []byte, whole bool) error {
+	line := t.up.line()
+	tag, verb := tagAndVerb(line)
+	switch {
+	case verb == "UNAUTHENTICATE":
+		return errUnauthenticate
+	case t.up.long() && bytes.Count(line, []byte(" ")) < 2:
+		return errLongTag
+	case t.idling:
 		t.idling = !strings.EqualFold(string(line), "DONE")
 		return nil
+	case verb == "IDLE" && len(line) == len(tag)+len(" IDLE"):
+		t.idling = true
+	case verb == "COMPRESS" && t.wordsOnly:
+		if !whole {
+			return errCompress
+		}
+		part[len(tag)+1] = 'X' // an unknown command: the backend says BAD, and the client goes on without
+		verb = "XOMPRESS"
+	case verb == "COMPRESS":
+		t.compressing = true
+	case verb == "LOGOUT":
+		t.leaving = true
 	}
-	tag, verb := tagAndVerb(line)
-	switch verb {
-	case "IDLE":
-		t.idle, t.idling = tag, true
-	case "COMPRESS":
-		t.compress = tag
-	case "LOGOUT":
-		t.logout = tag
-	case "UNAUTHENTICATE":
-		return errUnauthenticate
+	if tag == "" || verb == "" {
+		return nil // answered by an untagged BAD
+	}
+	if len(t.unanswered) == mostWaiting {
+		t.lost, t.unanswered = true, nil
+	}
+	if !t.lost {
+		t.unanswered = append(t.unanswered, imapUnanswered{tag, verb})
 	}
 	return nil
 }
@@ -146,6 +189,7 @@ func (t *imapTracker) response() {
 		return
 	}
 	line := t.down.line()
+	t.said = t.bye
 	t.bye = len(line) >= 5 && strings.EqualFold(string(line[:5]), "* BYE")
 	if len(line) > 0 && line[0] == '+' {
 		t.literal = ""
@@ -157,23 +201,34 @@ func (t *imapTracker) response() {
 }
 
 func (t *imapTracker) tagged(tag, status string) {
-	switch tag {
-	case t.literal: // refused: the literal will not be sent
-		t.literal = ""
-		t.up.reset()
-	case t.idle:
-		t.idle, t.idling = "", false
-	case t.compress:
-		t.compress = ""
-		t.opaque = status == "OK"
-	case t.logout:
-		t.proven = true
-		t.bye = true // it came before this line (RFC 9051 §6.1.3)
+	i := slices.IndexFunc(t.unanswered, func(u imapUnanswered) bool { return u.tag == tag })
+	if i < 0 {
+		if tag == t.literal { // refused: the literal will not be sent
+			t.literal = ""
+			t.up.reset()
+		}
+		return
 	}
+	switch t.unanswered[i].verb {
+	case "IDLE":
+		t.idling = false
+	case "COMPRESS":
+		t.compressing = false
+		t.opaque = status == "OK"
+	case "LOGOUT":
+		// Only behind a BYE (RFC 9051 §6.1.3): then it is the end.
+		t.proven = status == "OK" && t.said
+		t.bye = t.proven
+		t.leaving = t.proven
+	}
+	t.unanswered = slices.Delete(t.unanswered, i, i+1)
 }
 
 func (t *imapTracker) Farewell() []byte {
-	if t.opaque || t.compress != "" || t.logout != "" || !t.up.atStart() {
+	if t.opaque || t.compressing || t.leaving {
+		return nil
+	}
+	if t.cut = !t.up.atStart(); t.cut {
 		return nil
 	}
 	t.tag = "ph" + rand.Text()
@@ -184,7 +239,9 @@ func (t *imapTracker) Farewell() []byte {
 	return []byte(words)
 }
 
-func (t *imapTracker) Leaving() bool { return t.logout != "" }
+func (t *imapTracker) Midway() bool { return !t.opaque && !t.up.atStart() }
+
+func (t *imapTracker) Leaving() bool { return t.leaving }
 
 func (t *imapTracker) Nudge() []byte {
 	if t.idling {
@@ -193,11 +250,15 @@ func (t *imapTracker) Nudge() []byte {
 	return nil
 }
 
-func (t *imapTracker) Proven() bool { return t.proven }
+// Proven is also true if the client was cut off inside a command and all
+// before it are answered: what never gets complete is never executed.
+func (t *imapTracker) Proven() bool {
+	return t.proven || t.cut && !t.lost && !t.idling && len(t.unanswered) == 0
+}
 
 func (t *imapTracker) Ended(clean, halfClosed, eofProves bool) bool {
 	switch {
-	case t.proven:
+	case t.Proven():
 		return true
 	case !clean:
 		return false

@@ -28,6 +28,9 @@ type imapArg struct {
 // (RFC 2971 §3.3).
 const mostLiterals = 64
 
+// maxCommand bounds one command before login, with all its literals.
+const maxCommand = 64 << 10
+
 // readIMAPCommand reads a whole command: its line, and while that ends in a
 // literal marker, the literal and the next line. Whatever is wrong with a
 // command, it is read to its end, because its literals are in flight (RFC 7888
@@ -35,10 +38,13 @@ const mostLiterals = 64
 func readIMAPCommand(c *lineConn) (imapCommand, error) {
 	var cmd imapCommand
 	p := imapParser{}
-	for {
+	for total := 0; ; {
 		line, err := c.readLine(maxLine)
 		if err != nil {
 			return cmd, err
+		}
+		if total += len(line); total > maxCommand {
+			return cmd, failf(TooLong, "read a command", "longer than %d octets", maxCommand)
 		}
 		if cmd.verb == "" && cmd.fault == "" {
 			cmd.begin(&line)
@@ -66,6 +72,7 @@ func readIMAPCommand(c *lineConn) (imapCommand, error) {
 		if err != nil {
 			return cmd, err
 		}
+		total += len(literal)
 		p.literals = append(p.literals, literal)
 	}
 	if cmd.fault == "" {

@@ -180,6 +180,7 @@ func (d *pop3Dialect) proceed(c *lineConn, _ request) error {
 var pop3Answers = map[Reason]string{
 	Unavailable:      "-ERR [SYS/TEMP] Account is temporarily unavailable.",
 	Misconfigured:    "-ERR [SYS/TEMP] Account is temporarily unavailable.",
+	RoleDisagreement: "-ERR [SYS/TEMP] Account is temporarily unavailable.",
 	WrongCredentials: "-ERR [AUTH] Authentication failed.",
 	NotAuthorized:    "-ERR [AUTH] Not authorized to act as this user.",
 	PrivacyRequired:  "-ERR Use STLS first.",
@@ -342,7 +343,9 @@ func pop3Refusal(answer pop3Answer, coded bool) error {
 	reason := Unavailable
 	switch answer.code {
 	case "AUTH":
-		reason = WrongCredentials
+		if !soundsTemporary(answer.text) {
+			reason = WrongCredentials
+		}
 	case "":
 		if !coded {
 			reason = WrongCredentials

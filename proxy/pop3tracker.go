@@ -19,7 +19,8 @@ type pop3Tracker struct {
 	proven  bool
 
 	// waiting are the commands that have no reply yet, oldest first. Above
-	// mostWaiting they are not followed any more.
+	// mostWaiting, or behind a line that Cyrus cuts in two, they are not
+	// followed any more (lost).
 	waiting []pop3Reply
 	lost    bool
 	multi   bool // inside a multi-line reply
@@ -34,11 +35,10 @@ const (
 	pop3Quit
 )
 
-// mostWaiting bounds the commands that a client may pipeline and still get a
-// proof from its QUIT.
+// mostWaiting bounds the unanswered commands that a tracker follows.
 const mostWaiting = 1024
 
-func (d *pop3Dialect) tracker() splice.Tracker { return &pop3Tracker{} }
+func (d *pop3Dialect) tracker(*lineConn) splice.Tracker { return &pop3Tracker{} }
 
 func (t *pop3Tracker) Up(p []byte) error {
 	for len(p) > 0 {
@@ -57,8 +57,10 @@ func (t *pop3Tracker) command(line []byte, long bool) {
 	reply := pop3Single
 	switch word = strings.ToUpper(word); word {
 	case "QUIT":
-		t.quit = t.quit || rest == ""
-		reply = pop3Quit
+		if rest == "" {
+			t.quit = true
+			reply = pop3Quit
+		}
 	case "RETR", "TOP", "CAPA":
 		reply = pop3Multi
 	case "LIST", "UIDL", "LANG", "AUTH":
@@ -67,7 +69,7 @@ func (t *pop3Tracker) command(line []byte, long bool) {
 		}
 	}
 	t.mayQuit = t.mayQuit || long || strings.HasPrefix(word, "QUIT")
-	if len(t.waiting) == mostWaiting {
+	if long || len(t.waiting) == mostWaiting {
 		t.lost, t.waiting = true, nil
 	}
 	if !t.lost {
@@ -100,12 +102,13 @@ func (t *pop3Tracker) reply(line []byte) {
 	case pop3Multi:
 		t.multi = positive
 	case pop3Quit:
-		t.proven = t.quit
+		t.proven = positive
 	}
 	t.waiting = t.waiting[1:]
 }
 
 func (t *pop3Tracker) Farewell() []byte { return nil }
+func (t *pop3Tracker) Midway() bool     { return false }
 func (t *pop3Tracker) Leaving() bool    { return t.quit }
 func (t *pop3Tracker) Nudge() []byte    { return nil }
 func (t *pop3Tracker) Proven() bool     { return t.proven }

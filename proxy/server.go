@@ -4,13 +4,16 @@ package proxy
 
 import (
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -79,7 +82,7 @@ type Server struct {
 	offers    *offers
 	protocols map[string]func() dialect
 	tls       map[string]*tls.Config // by protocol: ALPN differs
-	handshake chan struct{}          // slots: a handshake is the dearest thing a stranger can ask for
+	signing   chan struct{}          // slots, see signer
 
 	sessions *sessions
 	running  sync.WaitGroup // accept loops and login goroutines
@@ -94,8 +97,8 @@ var alpn = map[string]string{"imap": "imap", "pop3": "pop3", "sieve": "managesie
 func New(o Options) *Server {
 	s := &Server{
 		options: o, log: o.Logger, metrics: o.Metrics,
-		handshake: make(chan struct{}, 4*runtime.GOMAXPROCS(0)),
-		sessions:  newSessions(o.Limits.MaxConnections, o.Limits.MaxConnectionsPerIP),
+		signing:  make(chan struct{}, 4*runtime.GOMAXPROCS(0)),
+		sessions: newSessions(o.Limits.MaxConnections, o.Limits.MaxConnectionsPerIP),
 		protocols: map[string]func() dialect{
 			"imap":  func() dialect { return &imapDialect{} },
 			"pop3":  func() dialect { return &pop3Dialect{} },
@@ -104,13 +107,55 @@ func New(o Options) *Server {
 		tls: make(map[string]*tls.Config),
 	}
 	for protocol, id := range alpn {
-		c := o.TLS.Clone()
+		c := s.inTurn(o.TLS)
 		c.NextProtos = []string{id}
 		s.tls[protocol] = c
 	}
 	s.offers = newOffers(s)
 	s.metrics.watch(s)
 	return s
+}
+
+// signer signs in turn: a handshake's signature is the dearest thing that a
+// stranger can ask for, and a crowd of them must not take the time of the
+// sessions that exist. The slot is held for nothing else: whoever stops within
+// a handshake would keep others from theirs.
+type signer struct {
+	crypto.Signer
+	slots chan struct{}
+}
+
+// Sign implements crypto.Signer.
+func (s signer) Sign(rand io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	s.slots <- struct{}{}
+	defer func() { <-s.slots }()
+	return s.Signer.Sign(rand, digest, opts)
+}
+
+// inTurn returns a copy of a configuration whose certificates sign in turn.
+func (s *Server) inTurn(given *tls.Config) *tls.Config {
+	c := given.Clone()
+	bound := func(cert tls.Certificate) tls.Certificate {
+		if key, ok := cert.PrivateKey.(crypto.Signer); ok {
+			cert.PrivateKey = signer{key, s.signing}
+		}
+		return cert
+	}
+	c.Certificates = slices.Clone(c.Certificates)
+	for n, cert := range c.Certificates {
+		c.Certificates[n] = bound(cert)
+	}
+	if choose := c.GetCertificate; choose != nil {
+		c.GetCertificate = func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			cert, err := choose(hello)
+			if cert == nil || err != nil {
+				return cert, err
+			}
+			chosen := bound(*cert)
+			return &chosen, nil
+		}
+	}
+	return c
 }
 
 // Serve accepts until ctx ends, then closes the listeners and returns. The
@@ -157,12 +202,6 @@ func (s *Server) serve(ctx context.Context, l Listener, conn net.Conn) {
 	c := newLineConn(ctx, conn)
 	c.mostStrikes = s.options.Limits.BadCommands
 	c.wrap = func(ctx context.Context, plain net.Conn) (*tls.Conn, error) {
-		select {
-		case s.handshake <- struct{}{}:
-			defer func() { <-s.handshake }()
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
 		secured := tls.Server(plain, s.tls[l.Protocol])
 		return secured, secured.HandshakeContext(ctx)
 	}

@@ -3,6 +3,11 @@ package proxy
 import (
 	"context"
 	"errors"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
@@ -92,11 +97,9 @@ func (s *session) greet(ctx context.Context) error {
 	s.c.deadline(s.until)
 	if s.implicit {
 		s.do("waiting for TLS")
-		if err := s.c.startTLS(); err != nil {
-			s.c.dead = true
+		if err := s.handshake(); err != nil {
 			return err
 		}
-		s.from.secure = true
 	}
 	return s.d.greet(s.c, s.offer(), false)
 }
@@ -111,13 +114,32 @@ func (s *session) startTLS(ctx context.Context, req request) error {
 	if err := s.d.proceed(s.c, req); err != nil {
 		return err
 	}
-	if err := s.c.startTLS(); err != nil {
-		s.c.dead = true
+	if err := s.handshake(); err != nil {
 		return err
 	}
-	s.from.secure = true
 	s.d = s.server.protocols[s.listed.Protocol]()
 	return s.d.greet(s.c, s.offer(), true)
+}
+
+// handshake secures the client's connection. After a failure nothing can be
+// answered any more.
+func (s *session) handshake() error {
+	err := s.c.startTLS()
+	if err == nil {
+		s.from.secure = true
+		return nil
+	}
+	s.c.dead = true
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return &Error{Reason: TimedOut, Op: "wait for TLS", Err: err}
+	}
+	return &Error{Reason: Malformed, Op: "negotiate TLS", Err: err}
+}
+
+// isGone says that the peer has ended the connection, in whatever manner.
+func isGone(err error) bool {
+	return slices.ContainsFunc([]error{io.EOF, io.ErrUnexpectedEOF, io.ErrClosedPipe, net.ErrClosed, syscall.ECONNRESET, syscall.EPIPE},
+		func(end error) bool { return errors.Is(err, end) })
 }
 
 // offer is what this client may be told before its login.
@@ -251,7 +273,9 @@ func (s *session) connect(ctx context.Context, l *leg, id auth.Identity) (w welc
 		}
 	}()
 	s.do("waiting for a login slot of " + l.backend.Name)
-	release, err := l.backend.Slot(ctx)
+	waiting, enough := context.WithTimeout(ctx, s.server.options.Limits.BackendLoginTimeout)
+	release, err := l.backend.Slot(waiting)
+	enough()
 	if err != nil {
 		return w, err
 	}
@@ -266,10 +290,17 @@ func (s *session) connect(ctx context.Context, l *leg, id auth.Identity) (w welc
 
 	s.do("logging in to " + l.backend.Name)
 	l.b.deadline(time.Now().Add(s.server.options.Limits.BackendLoginTimeout))
-	stop := context.AfterFunc(ctx, func() { l.b.deadline(time.Unix(1, 0)) })
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		l.b.deadline(time.Unix(1, 0))
+		close(stopped)
+	})
 	w, err = s.d.logIn(l.b, announced, credentialsFor(l.backend, id, l.stay.User), s.from)
-	if !stop() && err == nil {
-		err = context.Cause(ctx)
+	if !stop() {
+		<-stopped // its deadline must not come after those of the end
+		if err == nil {
+			err = context.Cause(ctx)
+		}
 	}
 	if err == nil {
 		l.b.deadline(time.Time{})
@@ -304,7 +335,7 @@ func (s *session) meet(ctx context.Context, l *leg) (announced []string, err err
 		if l.b, announced, err = s.server.meet(ctx, s.d, s.listed.Protocol, l.backend); err == nil {
 			return announced, nil
 		}
-		if reasonOf(err) == Misconfigured || ctx.Err() != nil {
+		if reasonOf(err).alarms() || ctx.Err() != nil {
 			return nil, err
 		}
 	}
@@ -326,7 +357,8 @@ func credentialsFor(b *backendpool.Backend, id auth.Identity, user string) auth.
 // answer is the one place that tells a client of a failure. It returns whether
 // the conversation goes on.
 func (s *session) answer(ctx context.Context, req request, err error) bool {
-	if errors.Is(err, errClientLeft) || s.c.dead && s.tries == 0 && s.listed.user() == "" {
+	if errors.Is(err, errClientLeft) || s.c.dead && isGone(err) && s.tries == 0 && s.listed.user() == "" {
+		// Health checks and port scanners come and go by the thousand.
 		s.log.Debug("client left before login", zap.Error(err))
 		s.server.metrics.refused(s.listed.Protocol, "client_left")
 		return false
@@ -337,10 +369,12 @@ func (s *session) answer(ctx context.Context, req request, err error) bool {
 	}
 	if why != Cancelled && why != PrivacyRequired {
 		s.tries++
+	} else if s.c.strike() != nil {
+		why = TooMany
 	}
 	s.server.metrics.refused(s.listed.Protocol, why.String())
 	level := zap.InfoLevel
-	if why == Misconfigured {
+	if why.alarms() {
 		level = zap.ErrorLevel
 	}
 	s.log.Log(level, "login refused", zap.String("reason", why.String()), zap.String("user", s.listed.user()),
@@ -377,7 +411,7 @@ func (s *session) splice(l *leg) {
 	s.listed.spliced(splice.Start(splice.Config{
 		Client: client.conn, ClientAhead: client.ahead(),
 		Backend: backend.conn, BackendAhead: backend.ahead(),
-		Tracker: s.d.tracker(), Revoked: l.stay.Revoked(), EOFProves: l.backend.EOFProves,
+		Tracker: s.d.tracker(backend), Revoked: l.stay.Revoked(), EOFProves: l.backend.EOFProves,
 		Idle: limits.IdleTimeout, Write: limits.WriteTimeout, Drain: limits.DrainTimeout,
 		Left: func(r splice.Result) {
 			leave(stay)(r)
@@ -402,9 +436,11 @@ func (s *session) part(l *leg) {
 	}
 	l.b.deadline(time.Time{})
 	log := s.log.With(zap.String("user", l.stay.User), zap.String("backend", l.stay.Backend))
+	s.server.running.Add(1) // Shutdown waits for it; we run under running ourselves
 	splice.Start(splice.Config{
+		Done:    func(splice.Result) { s.server.running.Done() },
 		Backend: l.b.conn, BackendAhead: l.b.ahead(),
-		Tracker: s.d.tracker(), Revoked: l.stay.Revoked(), EOFProves: l.backend.EOFProves,
+		Tracker: s.d.tracker(l.b), Revoked: l.stay.Revoked(), EOFProves: l.backend.EOFProves,
 		Drain: s.server.options.Limits.DrainTimeout,
 		Left: func(r splice.Result) {
 			s.server.metrics.ended(s.listed.Protocol, r)

@@ -205,6 +205,7 @@ func (d *sieveDialect) proceed(c *lineConn, _ request) error {
 var sieveAnswers = map[Reason]string{
 	Unavailable:      `NO (TRYLATER) "Account is temporarily unavailable."`,
 	Misconfigured:    `NO (TRYLATER) "Account is temporarily unavailable."`,
+	RoleDisagreement: `NO (TRYLATER) "Account is temporarily unavailable."`,
 	WrongCredentials: `NO "Authentication failed."`,
 	NotAuthorized:    `NO "Not authorized to act as this user."`,
 	PrivacyRequired:  `NO (ENCRYPT-NEEDED) "Use STARTTLS first."`,
@@ -349,14 +350,14 @@ func sieveRefusal(op string, r sieveResponse, credentials bool) error {
 	reason := Unavailable
 	switch r.code {
 	case "":
-		if credentials && r.word == "NO" {
+		if credentials && r.word == "NO" && !soundsTemporary(r.text) {
 			reason = WrongCredentials
 		}
 	case "AUTH-TOO-WEAK", "ENCRYPT-NEEDED", "TRANSITION-NEEDED":
 		// The mechanism or the missing TLS, neither of which the client chose.
 		reason = Misconfigured
 	case "REFERRAL": // the backend sends elsewhere; only the role table does
-		return failf(Unavailable, op, "role disagreement, the backend refers to another: %v", r)
+		return failf(RoleDisagreement, op, "the backend refers to another: %v", r)
 	}
 	return failf(reason, op, "the backend refuses: %v", r)
 }

@@ -172,8 +172,8 @@ func TestSieveMeet(t *testing.T) {
 		{"cyrus", "\"SIEVE\" \"fileinto  copy\"\r\n\"sasl\" \"PLAIN\"\r\n\"STARTTLS\"\r\nOK\r\n", []string{"SIEVE fileinto", "SIEVE copy", "SASL PLAIN", "STARTTLS"}, -1},
 		{"literals", "{5}\r\nSIEVE {4}\r\ncopy\r\n\"SASL\" \"\"\r\nOK {1}\r\nx\r\n", []string{"SIEVE copy", "SASL"}, -1},
 		{"bye", "BYE (TRYLATER) \"later\"\r\n", nil, Unavailable},
-		{"referral", "BYE (REFERRAL \"sieve://other\") \"there\"\r\n", nil, Unavailable},
-		{"referral in OK", "OK (REFERRAL \"sieve://other\") \"there\"\r\n", nil, Unavailable},
+		{"referral", "BYE (REFERRAL \"sieve://other\") \"there\"\r\n", nil, RoleDisagreement},
+		{"referral in OK", "OK (REFERRAL \"sieve://other\") \"there\"\r\n", nil, RoleDisagreement},
 		{"no ManageSieve", "* OK ready\r\n", nil, Unavailable},
 		{"no end", strings.Repeat("\"X\"\r\n", mostCapabilities+1), nil, Unavailable},
 		{"large literal", "\"X\" {99999999}\r\n", nil, TooLong}, // ofBackend: Unavailable
@@ -207,8 +207,8 @@ func TestSieveLogIn(t *testing.T) {
 		{"bye", "BYE \"no\"\r\n", alice, Unavailable, false, "AUTH"},
 		{"unknown code", "NO (X-ODD) \"no\"\r\n", alice, Unavailable, false, "AUTH"},
 		{"wants TLS", "NO (ENCRYPT-NEEDED) \"no\"\r\n", alice, Misconfigured, false, "AUTH"},
-		{"referral", "NO (REFERRAL \"sieve://other\") \"no\"\r\n", alice, Unavailable, false, "AUTH"},
-		{"let in and referred", "OK (REFERRAL \"sieve://other\") \"in\"\r\n", alice, Unavailable, true, "AUTH"},
+		{"referral", "NO (REFERRAL \"sieve://other\") \"no\"\r\n", alice, RoleDisagreement, false, "AUTH"},
+		{"let in and referred", "OK (REFERRAL \"sieve://other\") \"in\"\r\n", alice, RoleDisagreement, true, "AUTH"},
 		{"silence", "", alice, Unavailable, true, "AUTH"},
 	} {
 		t.Run(test.name, func(t *testing.T) {

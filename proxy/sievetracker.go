@@ -19,13 +19,15 @@ type sieveTracker struct {
 	logout  bool // the client has sent LOGOUT
 	said    bool // we have
 	pending int  // commands that have no final response yet
+	odd     bool // a command was refused: to the backend it may have been several
+	cut     bool // the client is inside a command that will never be completed
 	final   bool // the backend's last line was a final response (OK, NO, BYE)
 	bye     bool // it was a BYE
 	held    []byte
 	out     []byte
 }
 
-func (d *sieveDialect) tracker() splice.Tracker { return &sieveTracker{} }
+func (d *sieveDialect) tracker(*lineConn) splice.Tracker { return &sieveTracker{} }
 
 func (t *sieveTracker) Up(p []byte) error {
 	if t.unauthenticate(p) {
@@ -160,11 +162,15 @@ func (t *sieveTracker) response() {
 	if t.final && t.pending > 0 {
 		t.pending--
 	}
+	t.odd = t.odd || t.final && w != "OK"
 	t.down.reset()
 }
 
 func (t *sieveTracker) Farewell() []byte {
-	if t.logout || !t.up.atStart() {
+	if t.logout {
+		return nil
+	}
+	if t.cut = !t.up.atStart(); t.cut {
 		return nil
 	}
 	t.said = true
@@ -173,13 +179,20 @@ func (t *sieveTracker) Farewell() []byte {
 	return []byte("LOGOUT\r\n")
 }
 
+func (t *sieveTracker) Midway() bool { return !t.up.atStart() }
+
 func (t *sieveTracker) Leaving() bool { return t.logout }
 func (t *sieveTracker) Nudge() []byte { return nil }
 
-// Proven waits for the end of the stream.
-func (t *sieveTracker) Proven() bool { return false }
+// Proven waits for the end of the stream, except where the client was cut off
+// inside a command and all before it are answered: what never gets complete is
+// never executed.
+func (t *sieveTracker) Proven() bool { return t.cut && !t.odd && t.pending == 0 }
 
 func (t *sieveTracker) Ended(clean, halfClosed, eofProves bool) bool {
+	if t.Proven() {
+		return true
+	}
 	if !clean {
 		return false
 	}
@@ -190,7 +203,7 @@ func (t *sieveTracker) Ended(clean, halfClosed, eofProves bool) bool {
 func (t *sieveTracker) LastWords(why splice.Cause) []byte {
 	// After our LOGOUT the answer held back is a line of its own; before
 	// anything can be said the stream must stand at a line's start.
-	if !t.down.atStart() {
+	if t.logout || !t.down.atStart() {
 		return nil
 	}
 	if t.bye {

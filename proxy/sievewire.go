@@ -51,6 +51,9 @@ func readSieveLine(c *lineConn) (sieveLine, error) {
 			return l, err
 		}
 		m := sieveMarker(line)
+		if m.odd {
+			return l, failf(TooLong, "read a literal", "a length that makes no sense")
+		}
 		if m.found {
 			line = line[:bytes.LastIndexByte(line, '{')]
 		}

@@ -30,6 +30,7 @@ import (
 
 	"github.com/posthouse/posthouse/backendpool"
 	"github.com/posthouse/posthouse/proxy/auth"
+	"github.com/posthouse/posthouse/proxy/splice"
 	"github.com/posthouse/posthouse/routing"
 	"github.com/posthouse/posthouse/routing/directory"
 	"github.com/posthouse/posthouse/routing/filestore"
@@ -50,7 +51,9 @@ import (
 //	C! half     the client half-closes             <! reset   the backend resets
 //	S! eof      the client sees a clean end        >! eof     so does the backend
 //	>! accept   the backend gets a connection      >! none    it has got none
+//	S~ "a"      the client gets these octets       >~ "a"     so does the backend
 //	C! endless  a line of twice the limit          <! endless so does the backend
+//	kick        the administrator ends all sessions
 //	switch      role r1 is switched to backend b; it goes on in the background
 //	opened      the switch has ended well          aborted    it has not
 //	log TEXT    a log line contains TEXT           residue N  the table knows N residues
@@ -183,16 +186,10 @@ func (tr *transcript) step(line string) error {
 		return send(tr.client, tr.fill(rest)+"\r\n")
 	case "<:":
 		return send(tr.backend, tr.fill(rest)+"\r\n")
+	case "S~":
+		return expectOctets(tr.client, rest)
 	case ">~":
-		text, err := strconv.Unquote(rest)
-		if err != nil {
-			return err
-		}
-		got := make([]byte, len(text))
-		if _, err := io.ReadFull(tr.backend.r, got); err != nil || string(got) != text {
-			return fmt.Errorf("got %q: %w", got, err)
-		}
-		return nil
+		return expectOctets(tr.backend, rest)
 	case "C~", "<~":
 		text, err := strconv.Unquote(rest)
 		if err != nil {
@@ -204,6 +201,9 @@ func (tr *transcript) step(line string) error {
 		return send(tr.backend, tr.fill(text))
 	case "C!", "<!", ">!", "S!":
 		return tr.act(line)
+	case "kick":
+		tr.site.server.sessions.endAll(splice.Kicked)
+		return nil
 	case "switch":
 		tr.switching = make(chan error, 1)
 		go func() {
@@ -300,6 +300,18 @@ func atEnd(p *peer) error {
 func send(p *peer, text string) error {
 	_, err := io.WriteString(p.conn, text)
 	return err
+}
+
+func expectOctets(p *peer, quoted string) error {
+	text, err := strconv.Unquote(quoted)
+	if err != nil {
+		return err
+	}
+	got := make([]byte, len(text))
+	if _, err := io.ReadFull(p.r, got); err != nil || string(got) != text {
+		return fmt.Errorf("got %q: %w", got, err)
+	}
+	return nil
 }
 
 var variable = regexp.MustCompile(`\$[a-z]+`)

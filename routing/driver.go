@@ -68,7 +68,7 @@ func decide(s *State, role string, d driving, isOver, agesOut bool, has func(Hoo
 	case len(missing) > 0:
 		blocked = "no ack from frontend " + strings.Join(missing, ", ")
 	case len(rest) > 0 && opensNext:
-		blocked = residueText(role, rest)
+		blocked = "residue: " + residueText(role, rest)
 	}
 	canAbort := row.Active != "" && (!row.Switch.begun(PhasePromote) || has(HookUndoPromote))
 	hook, _ := hookOf(row.Phase)

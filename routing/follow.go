@@ -249,7 +249,10 @@ func (t *Table) reenrol(ctx context.Context) error {
 	if i := strings.LastIndexByte(old, '.'); i > 0 {
 		name = old[:i]
 	}
-	id := NewID(name)
+	id := t.joined
+	if id == old {
+		id = NewID(name)
+	}
 	s, err := t.enrol(ctx, id, v.state, floors)
 	if err != nil {
 		return err

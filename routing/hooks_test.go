@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -132,5 +133,9 @@ func TestDecide(t *testing.T) {
 		if got, why := decide(c.s, "r", driving{}, c.isOver, c.agesOut, c.has); got != c.want {
 			t.Errorf("%s: move %d (%s), want %d", c.name, got, why, c.want)
 		}
+	}
+	// The word that operators look for, and that `posthouse roles` shows.
+	if _, why := decide(dirty, "r", driving{}, false, false, noHooks); !strings.HasPrefix(why, "residue: work of u may still run on a") {
+		t.Errorf("a residue is in the way, but the switch says %q", why)
 	}
 }

@@ -101,6 +101,7 @@ type Table struct {
 
 	disagreements atomic.Uint64
 	highest       uint64        // revision; keep alone uses it
+	joined        string        // the last ID that the store knows; keep alone uses it after Start
 	poke          chan struct{} // wakes keep; capacity 1
 	news          chan struct{} // wakes announce; capacity 1
 	closing       chan struct{}
@@ -180,8 +181,11 @@ func loadSnapshot(l Local) (*State, error) {
 // enrol registers id. kept is what this frontend knows already; inside has the
 // lowest epoch of the stays that it has already, by role.
 func (t *Table) enrol(ctx context.Context, id string, kept *State, inside map[string]uint64) (*State, error) {
-	if err := t.opt.Store.Join(ctx, id); err != nil {
-		return nil, fmt.Errorf("joining the store as %s: %w", id, err)
+	if t.joined != id { // a second try has joined already
+		if err := t.opt.Store.Join(ctx, id); err != nil {
+			return nil, fmt.Errorf("joining the store as %s: %w", id, err)
+		}
+		t.joined = id
 	}
 	before, err := t.opt.Store.Load(ctx)
 	if err != nil {

@@ -53,7 +53,7 @@ type instance struct {
 // state directory or a socket: `check` stops here.
 func parts(cfg *config.Config) (*instance, error) {
 	i := &instance{cfg: cfg}
-	names := auth.Normalizer{Lowercase: cfg.Usernames.Lowercase, Allow: cfg.Usernames.Allow}
+	names := normalizer(cfg)
 	var errs []error
 	for _, a := range cfg.Auth {
 		if a.Type != config.AuthFile {
@@ -75,6 +75,10 @@ func parts(cfg *config.Config) (*instance, error) {
 	return i, errors.Join(errs...)
 }
 
+func normalizer(cfg *config.Config) auth.Normalizer {
+	return auth.Normalizer{Lowercase: cfg.Usernames.Lowercase, Allow: cfg.Usernames.Allow}
+}
+
 // build makes everything that cfg names, registers the frontend and opens the
 // listeners; nothing is accepted before run. onEvent may be nil. ctx bounds
 // the building only.
@@ -84,6 +88,7 @@ func build(ctx context.Context, cfg *config.Config, log *zap.Logger, onEvent fun
 		return nil, err
 	}
 	i.log = log
+	i.certificates.warn(log)
 	i.registry = prometheus.NewRegistry()
 	i.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	// The listeners first: a port in use must not leave a registration behind.
@@ -158,7 +163,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 // verifier is who judges credentials, in the order of the configuration.
 func (i *instance) verifier() auth.Verifier {
 	if len(i.verifiers) == 0 {
-		return &auth.Backend{Names: auth.Normalizer{Lowercase: i.cfg.Usernames.Lowercase, Allow: i.cfg.Usernames.Allow}}
+		return &auth.Backend{Names: normalizer(i.cfg)}
 	}
 	chain := make(auth.Chain, 0, len(i.verifiers))
 	for _, f := range i.verifiers {
@@ -283,9 +288,6 @@ func (c *certificates) load(pairs []config.Certificate) error {
 			errs = append(errs, fmt.Errorf("certificate %s: %w", p.Cert, err))
 			continue
 		}
-		if left := time.Until(pair.Leaf.NotAfter); left < 0 {
-			errs = append(errs, fmt.Errorf("certificate %s expired on %s", p.Cert, pair.Leaf.NotAfter.Format(time.DateOnly)))
-		}
 		list = append(list, pair)
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -293,6 +295,16 @@ func (c *certificates) load(pairs []config.Certificate) error {
 	}
 	c.list.Store(&list)
 	return nil
+}
+
+// warn names the certificates that have expired: they are served all the same,
+// because one of several must not keep a frontend, or its new ones, away.
+func (c *certificates) warn(log *zap.Logger) {
+	for _, pair := range *c.list.Load() {
+		if time.Now().After(pair.Leaf.NotAfter) {
+			log.Error("a certificate has expired", zap.Strings("names", pair.Leaf.DNSNames), zap.Time("on", pair.Leaf.NotAfter))
+		}
+	}
 }
 
 func (c *certificates) choose(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {

@@ -136,7 +136,9 @@ func (i *instance) serveAdmin(ctx context.Context) (stop func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	api := admin.NewServer(admin.NewHandler(admin.Source{Table: i.table, Sessions: i.server.Sessions, Version: version}))
+	api := admin.NewServer(admin.NewHandler(admin.Source{
+		Table: i.table, Sessions: i.server.Sessions, Version: version, Normalize: normalizer(i.cfg).Normalize,
+	}))
 	stops := []func(){serveHTTP(api, socket, i.log)}
 	stop = func() {
 		for _, s := range stops {
@@ -183,6 +185,7 @@ func (i *instance) reload() {
 		}
 	}
 	fail("tls.certificates", i.certificates.load(i.cfg.TLS.Certificates))
+	i.certificates.warn(i.log)
 	for _, f := range i.verifiers {
 		fail("auth", f.Reload())
 	}

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -27,8 +28,9 @@ const nudgeAfter = 300 * time.Millisecond
 // Tracker follows one session's protocol just enough to end it with proof. The
 // splice never calls two of its methods at once.
 type Tracker interface {
-	// Up is shown what the client sent, before it goes to the backend. On an
-	// error nothing of p is passed on and the session ends.
+	// Up is shown what the client sent, before it goes to the backend, and may
+	// change it in place. On an error nothing of p is passed on and the session
+	// ends.
 	Up(p []byte) error
 	// Down is shown what the backend sent and returns what of it goes to the
 	// client, valid until the next call.
@@ -38,6 +40,9 @@ type Tracker interface {
 	// or under compression): then the splice half-closes, unless the client
 	// has already said goodbye itself (Leaving).
 	Farewell() []byte
+	// Midway says that the client is inside a command, which it had better
+	// finish before the session ends.
+	Midway() bool
 	// Leaving says that the client has ended the session in the protocol's
 	// own words: the backend will close by itself.
 	Leaving() bool
@@ -123,6 +128,10 @@ type Splice struct {
 	mu      sync.Mutex // the tracker's
 	discard atomic.Bool
 	broken  atomic.Bool // a tracker has panicked: it proves nothing any more
+
+	// finishBy, in Unix nanoseconds, is set when the session ends and the client
+	// may still finish the command that it is inside of.
+	finishBy atomic.Int64
 
 	deadlines sync.Mutex
 	draining  bool // write deadlines are drain's
@@ -253,8 +262,9 @@ func (s *Splice) backendEnded(e ended) Result {
 	return res
 }
 
-// drain ends the session (design §4): stop reading the client, say farewell to
-// the backend, go on copying to the client until the proof.
+// drain ends the session (design §4): stop reading the client, as soon as it is
+// not inside a command, say farewell to the backend, go on copying to the client
+// until the proof.
 func (s *Splice) drain(res *Result, upDone, downDone chan ended, proven chan struct{}) {
 	s.deadlines.Lock()
 	s.draining = true
@@ -264,6 +274,11 @@ func (s *Splice) drain(res *Result, upDone, downDone chan ended, proven chan str
 	over := time.NewTimer(s.cfg.Drain)
 	defer over.Stop()
 	if s.cfg.Client != nil {
+		if res.Cause == Revoked || res.Cause == ShuttingDown {
+			// In the middle of an APPEND, Dovecot could not prove its end, and
+			// Cyrus would refuse it: a third of the time is the client's.
+			s.finishBy.Store(time.Now().Add(s.cfg.Drain / 3).UnixNano())
+		}
 		_ = s.cfg.Client.SetReadDeadline(time.Unix(1, 0))
 		// A client that reads nothing must not keep us from the backend's
 		// proof: it gets half of the time.
@@ -300,7 +315,11 @@ func (s *Splice) sayFarewell(res *Result, downDone chan ended, proven chan struc
 	leaving := s.cfg.Tracker.Leaving()
 	words := s.cfg.Tracker.Farewell()
 	nudge := s.cfg.Tracker.Nudge()
+	res.Proven = s.cfg.Tracker.Proven()
 	s.mu.Unlock()
+	if res.Proven {
+		return
+	}
 	halfClosed := false
 	switch {
 	case leaving:
@@ -360,7 +379,18 @@ func (s *Splice) closeClient(res *Result) {
 	if s.cfg.Client == nil {
 		return
 	}
-	if !s.discard.Load() && !s.broken.Load() {
+	if s.discard.Load() {
+		// A TLS connection whose write has failed has lost its place: whatever
+		// came now, the client could not decipher.
+		conn := s.cfg.Client
+		if t, ok := conn.(*tls.Conn); ok {
+			conn = t.NetConn()
+		}
+		_ = conn.Close()
+		return
+	}
+	_ = s.cfg.Client.SetWriteDeadline(time.Now().Add(lingerTimeout))
+	if !s.broken.Load() {
 		s.mu.Lock()
 		words := s.cfg.Tracker.LastWords(res.Cause)
 		s.mu.Unlock()
@@ -396,10 +426,11 @@ func Close(conn net.Conn) {
 }
 
 // closeBackend resets a backend that has not proven its end: it shall not find
-// an orderly end where there was none.
+// an orderly end where there was none, and a close_notify could wait for one
+// that reads nothing.
 func (s *Splice) closeBackend(proven bool) {
+	conn := s.cfg.Backend
 	if !proven {
-		conn := s.cfg.Backend
 		if t, ok := conn.(interface{ NetConn() net.Conn }); ok {
 			conn = t.NetConn()
 		}
@@ -407,7 +438,7 @@ func (s *Splice) closeBackend(proven bool) {
 			_ = t.SetLinger(0)
 		}
 	}
-	_ = s.cfg.Backend.Close()
+	_ = conn.Close()
 }
 
 // pumpUp copies client → backend until the client ends.
@@ -437,13 +468,28 @@ func (s *Splice) pumpUp() ended {
 				return *e
 			}
 		}
-		if err != nil {
-			if errors.Is(err, io.EOF) {
-				err = nil
-			}
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded) && s.mayFinish():
+		case errors.Is(err, io.EOF):
+			return ended{}
+		case err != nil:
 			return ended{err: err}
+		case s.finishBy.Load() != 0 && !s.midway():
+			return ended{} // it has finished
 		}
 	}
+}
+
+// mayFinish gives a client that is inside a command the time to finish it.
+func (s *Splice) mayFinish() bool {
+	by := time.Unix(0, s.finishBy.Load())
+	return time.Now().Before(by) && s.midway() && s.cfg.Client.SetReadDeadline(by) == nil
+}
+
+func (s *Splice) midway() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cfg.Tracker.Midway()
 }
 
 // pumpDown copies backend → client until the backend ends or the tracker has

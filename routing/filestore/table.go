@@ -48,7 +48,8 @@ func decode(raw []byte) (*routing.State, error) {
 	s := &routing.State{}
 	if raw != nil {
 		if err := decodeInto(s, raw); err != nil {
-			return nil, fmt.Errorf("role table %s cannot be trusted: %w", tableName, err)
+			return nil, fmt.Errorf("role table %s cannot be trusted: %w: put a good copy in its place, or move it away: "+
+				"then its roles are in doubt, and `posthouse roles init` decides", tableName, err)
 		}
 	}
 	fill(&s.Roles)
