@@ -45,6 +45,9 @@ type Backend struct {
 	// Addresses by service: imap, pop3, sieve, lmtp → host:port.
 	Addresses map[string]string
 	TLS       TLSMode
+	// LMTPTLS, if not empty, is that of the lmtp service: Cyrus has no
+	// STARTTLS there where it takes mail without authentication.
+	LMTPTLS TLSMode
 	// TLSConfig verifies the backend; nil only with TLSOff. Where it has no
 	// ServerName the certificate must be for the address's host.
 	TLSConfig *tls.Config
@@ -58,6 +61,14 @@ type Backend struct {
 	password atomic.Pointer[string]
 	tls      map[string]*tls.Config // by service
 	slots    chan struct{}
+}
+
+// TLSOf says how TLS begins on a service.
+func (b *Backend) TLSOf(service string) TLSMode {
+	if service == "lmtp" && b.LMTPTLS != "" {
+		return b.LMTPTLS
+	}
+	return b.TLS
 }
 
 // SetPassword replaces the proxy user's password. It is safe at any time.
@@ -143,7 +154,7 @@ func (p *Pool) Dial(ctx context.Context, b *Backend, service string) (net.Conn, 
 	if err != nil {
 		return nil, fmt.Errorf("connect to backend %s: %w", b.Name, err)
 	}
-	if b.TLS != TLSImplicit {
+	if b.TLSOf(service) != TLSImplicit {
 		return conn, nil
 	}
 	secured, err := p.Secure(ctx, b, service, conn)

@@ -6,13 +6,18 @@
 // Config: it holds the paths of files, which ReadSecret and crypto/tls read.
 package config
 
-import "time"
+import (
+	"net/netip"
+	"strings"
+	"time"
+)
 
 // What the enumerated keys may say.
 const (
 	ProtocolIMAP  = "imap"
 	ProtocolPOP3  = "pop3"
 	ProtocolSieve = "sieve"
+	ProtocolLMTP  = "lmtp"
 
 	TLSOff      = "off"
 	TLSStartTLS = "starttls"
@@ -27,6 +32,9 @@ const (
 
 	DoneLogout = "logout"
 	DoneEOF    = "eof"
+
+	BareNewlineReject    = "reject"
+	BareNewlineNormalize = "normalize"
 )
 
 // Config is one configuration file, complete: defaults are filled in, paths
@@ -42,7 +50,8 @@ type Config struct {
 	// Listeners are the sockets that clients connect to; at least one.
 	Listeners []Listener `yaml:"listeners"`
 	TLS       TLS        `yaml:"tls"`
-	// Auth judges credentials, asked in this order; at least one.
+	// Auth judges credentials, asked in this order; at least one, unless all
+	// listeners are for LMTP.
 	Auth []Auth `yaml:"auth"`
 	// Directory maps users to roles, asked in this order; at least one.
 	Directory []Directory `yaml:"directory"`
@@ -54,6 +63,9 @@ type Config struct {
 	Roles    map[string]Role `yaml:"roles"`
 	Admin    Admin           `yaml:"admin"`
 	Limits   Limits          `yaml:"limits"`
+	LMTP     LMTP            `yaml:"lmtp"`
+	Hold     Hold            `yaml:"hold"`
+	Fanout   Fanout          `yaml:"fanout"`
 	Log      Log             `yaml:"log"`
 	Greeting Greeting        `yaml:"greeting"`
 }
@@ -65,20 +77,80 @@ type Store struct {
 	Type string `yaml:"type"`
 }
 
-// Listener is one socket for clients.
+// Listener is one socket for clients or, with protocol lmtp, for MTAs.
 type Listener struct {
-	// Protocol is imap, pop3 or sieve.
+	// Protocol is imap, pop3, sieve or lmtp.
 	Protocol string `yaml:"protocol"`
 	// Address is host:port; an empty host is every address, port 0 any port.
+	// For LMTP it may be unix: and the path of a unix socket, at most 107
+	// octets; see Network.
 	Address string `yaml:"address"`
-	// TLS is starttls or implicit. There is no listener without TLS.
+	// TLS is starttls or implicit: there is no listener for clients without
+	// TLS. For LMTP it is off (default), starttls or implicit; on a unix socket
+	// always off.
 	TLS string `yaml:"tls"`
+	// Mode are the permissions of a unix socket, in octal. Default 0660: its
+	// peers are trusted, so never everybody.
+	Mode FileMode `yaml:"mode"`
+	// Trusted are the addresses and networks (CIDR) whose peers may say by
+	// XCLIENT and XFORWARD for whom they speak; for LMTP only. Default: nobody;
+	// on a unix socket everybody, because its mode guards it. See
+	// TrustedPrefixes.
+	Trusted []string `yaml:"trusted"`
+	// BareNewline says what becomes of a line end in a message that is not
+	// CRLF; for LMTP only. reject refuses the message: two servers that
+	// disagree about such line ends see two messages where there is one.
+	// normalize makes it CRLF. Default (empty): normalize for trusted peers,
+	// reject for others.
+	BareNewline string `yaml:"bare_newline"`
+	// ClientCA is a PEM file; peers must show a certificate that one of its
+	// certificates has signed. For LMTP with TLS only. Default: no certificate
+	// is asked for. With it no mail is taken before STARTTLS, wherever it comes
+	// from.
+	ClientCA string `yaml:"client_ca"`
+	// InsecurePlaintext allows TLS off, and mail before STARTTLS, on an address
+	// that is not loopback: mail crosses that network in the clear. For LMTP
+	// only, not where it says nothing, and not beside ClientCA.
+	InsecurePlaintext bool `yaml:"insecure_plaintext"`
+}
+
+// Network returns Address in the form that net.Listen takes: "unix" and a
+// path, or "tcp" and host:port.
+func (l Listener) Network() (network, address string) {
+	if path, ok := strings.CutPrefix(l.Address, unixPrefix); ok {
+		return "unix", path
+	}
+	return "tcp", l.Address
+}
+
+// unixPrefix begins the address of a unix socket.
+const unixPrefix = "unix:"
+
+// AllowsPlaintext reports whether the listener takes mail without TLS: never
+// with implicit TLS or ClientCA, else on a unix socket, on loopback, and where
+// InsecurePlaintext says so. It is for LMTP; no other listener takes a password
+// without TLS.
+func (l Listener) AllowsPlaintext() bool {
+	return l.Protocol == ProtocolLMTP && l.TLS != TLSImplicit && l.ClientCA == "" && (l.InsecurePlaintext || l.isLocal())
+}
+
+// TrustedPrefixes returns Trusted, parsed; a plain address is a prefix of its
+// whole length. Compare with unmapped addresses: no prefix is of the form
+// ::ffff:192.0.2.1.
+func (l Listener) TrustedPrefixes() []netip.Prefix {
+	var prefixes []netip.Prefix
+	for _, s := range l.Trusted {
+		if p, fix := parsePrefix(s); fix == "" {
+			prefixes = append(prefixes, p)
+		}
+	}
+	return prefixes
 }
 
 // TLS is what clients meet on every listener.
 type TLS struct {
-	// Certificates are chosen by SNI; the first is the default. At least one.
-	// Read again on SIGHUP.
+	// Certificates are chosen by SNI; the first is the default. At least one,
+	// unless all listeners have TLS off. Read again on SIGHUP.
 	Certificates []Certificate `yaml:"certificates"`
 	// MinVersion is 1.2 (default; RFC 8996 forbids what is older) or 1.3.
 	MinVersion string `yaml:"min_version"`
@@ -127,8 +199,8 @@ type Usernames struct {
 // Backend is one mail server instance.
 type Backend struct {
 	// IMAP, POP3, Sieve and LMTP are the host:port of each service. Every
-	// protocol that has a listener needs one at every backend. LMTP is
-	// accepted and validated; nothing uses it yet.
+	// protocol that has a listener needs one at every backend; LMTP at every
+	// member of a role.
 	IMAP  string     `yaml:"imap"`
 	POP3  string     `yaml:"pop3"`
 	Sieve string     `yaml:"sieve"`
@@ -149,6 +221,9 @@ type Backend struct {
 type BackendTLS struct {
 	// Mode is starttls (default), implicit, or off.
 	Mode string `yaml:"mode"`
+	// LMTPMode is that of the LMTP service, where it differs: Cyrus offers no
+	// STARTTLS there with lmtpd -a. Default: Mode.
+	LMTPMode string `yaml:"lmtp_mode"`
 	// CA is the PEM file of the roots to trust. Default: the system's.
 	CA string `yaml:"ca"`
 	// ServerName must be in the backend's certificate. Default: the host of
@@ -283,6 +358,71 @@ type Limits struct {
 	Keepalive time.Duration `yaml:"keepalive"`
 }
 
+// LMTP bounds and explains deliveries. Its numbers and durations are greater
+// than zero.
+type LMTP struct {
+	// MaxSize is the longest message, in octets. It is announced as SIZE (RFC
+	// 1870), or the least that an active backend announces, if that is less.
+	// Default 104857600, 100 MiB.
+	MaxSize int `yaml:"max_size"`
+	// MaxRecipients is how many recipients a transaction may have; at least
+	// 100 (RFC 5321 §4.5.3.1.8). Default 1000.
+	MaxRecipients int `yaml:"max_recipients"`
+	// MaxHops is how many Received fields a message may have before it counts
+	// as looping. Default 100: RFC 5321 §6.3 asks for at least that many.
+	MaxHops int `yaml:"max_hops"`
+	// MaxLine is the longest line of a message, in octets without its CRLF;
+	// from 998 (RFC 5321 §4.5.3.1.6) to 8000 (default). Never more: Cyrus
+	// splits lines at 8189 octets, and takes a dot that begins the rest for
+	// the end of the message.
+	MaxLine int `yaml:"max_line"`
+	// MaxConnections bounds the connections to each backend, in use and idle.
+	// Default 64.
+	MaxConnections int `yaml:"max_connections"`
+	// IdleTimeout is how long a connection to a backend is kept for the next
+	// message. Default 60s.
+	IdleTimeout time.Duration `yaml:"idle_timeout"`
+	// CommandTimeout is how long an MTA may be silent, and how long a backend
+	// may take for each reply before the message. Default 5m (RFC 5321
+	// §4.5.3.2).
+	CommandTimeout time.Duration `yaml:"command_timeout"`
+	// ReplyTimeout is how long a backend may take for its replies after the
+	// message; past it the MTA is told to try again, and a residue remains.
+	// Less than 10m, when the MTA gives up itself (RFC 5321 §4.5.3.2.6).
+	// Default 5m.
+	ReplyTimeout time.Duration `yaml:"reply_timeout"`
+	// RecipientDelimiter is one character, or empty: what follows the first one
+	// in a local part is the detail, and no part of the user's name. Default +.
+	RecipientDelimiter string `yaml:"recipient_delimiter"`
+	// LocalDomains are the domains whose recipients are users without a domain:
+	// u0001@example.org is user u0001. In lower case; * alone is every domain.
+	// Default: none.
+	LocalDomains []string `yaml:"local_domains"`
+	// Postmaster is the user who gets mail for postmaster where the directory
+	// knows no such user; RFC 5321 §4.5.1 demands that it is accepted. Default:
+	// nobody.
+	Postmaster string `yaml:"postmaster"`
+	// CatchAll is the user who gets mail for recipients that certainly do not
+	// exist. Default: nobody, and they are refused with 550 5.1.1.
+	CatchAll string `yaml:"catch_all"`
+}
+
+// Hold says how long others than logins wait for roles on hold.
+type Hold struct {
+	// LMTP is one budget for all waiting of a transaction; greater than zero,
+	// and at most Limits.HoldWindow. Default 20s, or HoldWindow where that is
+	// shorter: Postfix waits 300 s for the reply to a recipient
+	// (lmtp_rcpt_timeout).
+	LMTP time.Duration `yaml:"lmtp"`
+}
+
+// Fanout says how the backends of one message keep pace.
+type Fanout struct {
+	// MaxLag is how long the slowest backend may stall the others before the
+	// message goes to disk, in StateDir; greater than zero. Default 1s.
+	MaxLag time.Duration `yaml:"max_lag"`
+}
+
 // Default returns the configuration of an empty file, except for Hostname,
 // which Load asks the system for.
 func Default() *Config {
@@ -313,12 +453,33 @@ func Default() *Config {
 			WriteTimeout:        5 * time.Minute,
 			Keepalive:           120 * time.Second,
 		},
+		LMTP: LMTP{
+			MaxSize:            100 << 20,
+			MaxRecipients:      1000,
+			MaxHops:            100,
+			MaxLine:            8000,
+			MaxConnections:     64,
+			IdleTimeout:        60 * time.Second,
+			CommandTimeout:     5 * time.Minute,
+			ReplyTimeout:       5 * time.Minute,
+			RecipientDelimiter: "+",
+		},
+		Hold:   Hold{LMTP: 20 * time.Second},
+		Fanout: Fanout{MaxLag: time.Second},
 	}
 }
 
 // defaultBackend is what a backend is before its keys are read.
 func defaultBackend() Backend {
 	return Backend{TLS: BackendTLS{Mode: TLSStartTLS}, Login: Login{Style: StyleReplay}, Done: DoneLogout}
+}
+
+// TLSMode returns how TLS begins on the service, by the name of its protocol.
+func (b Backend) TLSMode(protocol string) string {
+	if protocol == ProtocolLMTP && b.TLS.LMTPMode != "" {
+		return b.TLS.LMTPMode
+	}
+	return b.TLS.Mode
 }
 
 // Address returns the host:port of the service, by the name of its protocol
@@ -331,7 +492,7 @@ func (b Backend) Address(protocol string) string {
 		return b.POP3
 	case ProtocolSieve:
 		return b.Sieve
-	case "lmtp":
+	case ProtocolLMTP:
 		return b.LMTP
 	}
 	return ""

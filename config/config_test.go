@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"flag"
+	"fmt"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -133,7 +134,10 @@ func TestGood(t *testing.T) {
 	want := Default()
 	want.Hostname = "mail.example.org"
 	want.StateDir = dir + "/state"
-	want.Listeners = []Listener{{ProtocolIMAP, "127.0.0.1:1143", TLSStartTLS}, {ProtocolSieve, "[::1]:14190", TLSStartTLS}}
+	want.Listeners = []Listener{
+		{Protocol: ProtocolIMAP, Address: "127.0.0.1:1143", TLS: TLSStartTLS},
+		{Protocol: ProtocolSieve, Address: "[::1]:14190", TLS: TLSStartTLS},
+	}
 	want.TLS = TLS{[]Certificate{{dir + "/fullchain.pem", dir + "/privkey.pem"}}, "1.3"}
 	want.Auth = []Auth{{AuthFile, dir + "/users.passwd", []string{"root", "cyrus"}}}
 	want.Directory = []Directory{{"file", dir + "/users.map"}}
@@ -154,6 +158,86 @@ func TestGood(t *testing.T) {
 	want.Greeting.SieveCapabilities = []string{"fileinto", "vnd.dovecot.pipe", "comparator-i;ascii-numeric"}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+}
+
+// TestGoodLMTP is a frontend that MTAs alone use.
+func TestGoodLMTP(t *testing.T) {
+	content, err := os.ReadFile("testdata/lmtp_good.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, dir, err := loadText(t, string(content))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Listener{
+		{Protocol: ProtocolLMTP, Address: "unix:" + dir + "/lmtp.sock", TLS: TLSOff, Mode: 0o660},
+		{Protocol: ProtocolLMTP, Address: "unix:/run/other.sock", TLS: TLSOff, Mode: 0o600, BareNewline: BareNewlineReject},
+		{Protocol: ProtocolLMTP, Address: "127.0.0.1:24", TLS: TLSOff, Trusted: []string{"127.0.0.0/8", "::1", "::ffff:192.0.2.1"}},
+		{Protocol: ProtocolLMTP, Address: "192.0.2.1:24", TLS: TLSOff, BareNewline: BareNewlineNormalize, InsecurePlaintext: true},
+	}
+	if !reflect.DeepEqual(got.Listeners, want) {
+		t.Errorf("got  %+v\nwant %+v", got.Listeners, want)
+	}
+	if got, want := fmt.Sprint(got.Listeners[2].TrustedPrefixes()), "[127.0.0.0/8 ::1/128 192.0.2.1/32]"; got != want {
+		t.Errorf("trusted are %s, want %s", got, want)
+	}
+	for i, want := range []string{"unix " + dir + "/lmtp.sock", "unix /run/other.sock", "tcp 127.0.0.1:24", "tcp 192.0.2.1:24"} {
+		if network, address := got.Listeners[i].Network(); network+" "+address != want {
+			t.Errorf("listener %d listens on %s %s, want %s", i, network, address, want)
+		}
+	}
+	delivery := Default().LMTP
+	delivery.MaxLine, delivery.MaxRecipients = 998, 100
+	delivery.RecipientDelimiter, delivery.LocalDomains = "", []string{"example.org", "mail.example.org"}
+	delivery.Postmaster, delivery.CatchAll = "alice", "bob@example.net"
+	if !reflect.DeepEqual(got.LMTP, delivery) {
+		t.Errorf("got  %+v\nwant %+v", got.LMTP, delivery)
+	}
+	if got.Hold.LMTP != 12*time.Second {
+		t.Errorf("deliveries wait %s, and logins 12s", got.Hold.LMTP)
+	}
+}
+
+// TestDelimiter: each character that may begin a detail, and each that may not.
+func TestDelimiter(t *testing.T) {
+	for r := rune(0x20); r <= 0x100; r++ {
+		v := &validation{document: &document{lines: map[string]int{"": 1}}, cfg: Default()}
+		v.delimiter(string(r))
+		want := strings.ContainsRune("!#$%&'*+-/=?^_`{|}~", r)
+		if got := len(v.errs) == 0; got != want {
+			t.Errorf("%q may be a delimiter: %t, want %t", r, got, want)
+		}
+	}
+	v := &validation{document: &document{lines: map[string]int{"": 1}}, cfg: Default()}
+	if v.delimiter("+-"); len(v.errs) != 1 {
+		t.Errorf("two characters: %v", v.errs)
+	}
+}
+
+// TestAllowsPlaintext says where mail is taken without TLS.
+func TestAllowsPlaintext(t *testing.T) {
+	for _, tt := range []struct {
+		listener Listener
+		want     bool
+	}{
+		{Listener{Address: "unix:/run/lmtp", TLS: TLSOff}, true},
+		{Listener{Address: "127.0.0.1:24", TLS: TLSOff}, true},
+		{Listener{Address: "[::1]:24", TLS: TLSStartTLS}, true},
+		{Listener{Address: "localhost:24", TLS: TLSImplicit}, false},
+		{Listener{Address: "127.0.0.1:24", TLS: TLSStartTLS, ClientCA: "ca.pem"}, false},
+		{Listener{Address: "192.0.2.1:24", TLS: TLSStartTLS}, false},
+		{Listener{Address: ":24", TLS: TLSStartTLS}, false},
+		{Listener{Address: ":24", TLS: TLSStartTLS, InsecurePlaintext: true}, true},
+	} {
+		tt.listener.Protocol = ProtocolLMTP
+		if got := tt.listener.AllowsPlaintext(); got != tt.want {
+			t.Errorf("%+v: %t, want %t", tt.listener, got, tt.want)
+		}
+	}
+	if (Listener{Protocol: ProtocolIMAP, Address: "127.0.0.1:143", TLS: TLSStartTLS}).AllowsPlaintext() {
+		t.Error("passwords in the clear")
 	}
 }
 
@@ -196,7 +280,7 @@ func TestDefaults(t *testing.T) {
 		Hostname:  hostname,
 		StateDir:  "/var/lib/posthouse",
 		Store:     Store{"file"},
-		Listeners: []Listener{{"imap", ":1143", "starttls"}},
+		Listeners: []Listener{{Protocol: "imap", Address: ":1143", TLS: "starttls"}},
 		TLS:       TLS{[]Certificate{{dir + "/fullchain.pem", dir + "/privkey.pem"}}, "1.2"},
 		Auth:      []Auth{{Type: "file", Path: dir + "/users.passwd"}},
 		Directory: []Directory{{"file", dir + "/users.map"}},
@@ -212,7 +296,13 @@ func TestDefaults(t *testing.T) {
 			MaxConnections: 100000, MaxConnectionsPerIP: 1000, MaxParked: 20000,
 			WriteTimeout: 5 * time.Minute, Keepalive: 2 * time.Minute,
 		},
-		Log: Log{"info", "json"},
+		LMTP: LMTP{
+			MaxSize: 104857600, MaxRecipients: 1000, MaxHops: 100, MaxLine: 8000, MaxConnections: 64,
+			IdleTimeout: time.Minute, CommandTimeout: 5 * time.Minute, ReplyTimeout: 5 * time.Minute, RecipientDelimiter: "+",
+		},
+		Hold:   Hold{20 * time.Second},
+		Fanout: Fanout{time.Second},
+		Log:    Log{"info", "json"},
 	}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %+v\nwant %+v", got, want)

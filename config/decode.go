@@ -23,6 +23,16 @@ type FileMode fs.FileMode
 // String returns the permissions in octal, such as 0600.
 func (m FileMode) String() string { return fmt.Sprintf("%04o", uint32(m)) }
 
+// UnmarshalYAML reads octal, whatever YAML takes the digits for.
+func (m *FileMode) UnmarshalYAML(n *yaml.Node) error {
+	mode, err := strconv.ParseUint(n.Value, 8, 32)
+	if err != nil || mode > 0o777 {
+		return errors.New("not a file mode")
+	}
+	*m = FileMode(mode)
+	return nil
+}
+
 // document is a YAML file being read into structs. It does by hand what
 // yaml.Decoder does with KnownFields, because the decoder's messages name Go
 // types instead of keys, and because it drops list items of the wrong type, so
@@ -139,6 +149,14 @@ func (d *document) mistake(n *yaml.Node, path, what, fix string) {
 	d.fault(n.Line, path+": "+what, fix)
 }
 
+// isNull reports whether n says nothing at all.
+func isNull(n *yaml.Node) bool {
+	if n.Kind == yaml.AliasNode {
+		n = n.Alias
+	}
+	return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null"
+}
+
 // decode reads n into v. A null leaves the default.
 func (d *document) decode(n *yaml.Node, v reflect.Value, path string) {
 	if n.Kind == yaml.AliasNode {
@@ -148,7 +166,7 @@ func (d *document) decode(n *yaml.Node, v reflect.Value, path string) {
 		}
 		n = n.Alias
 	}
-	if n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" {
+	if isNull(n) {
 		return
 	}
 	switch v.Kind() {
@@ -238,6 +256,10 @@ func (d *document) decodeSlice(n *yaml.Node, v reflect.Value, path string) {
 	for i, item := range n.Content {
 		at := fmt.Sprintf("%s[%d]", path, i)
 		d.lines[at] = item.Line
+		if isNull(item) { // there is no default to leave
+			d.mistake(item, at, "is empty", "write a value, or delete the item")
+			continue
+		}
 		d.decode(item, v.Index(i), at)
 	}
 }
@@ -257,11 +279,6 @@ func (d *document) decodeScalar(n *yaml.Node, v reflect.Value, path string) {
 		duration, err := time.ParseDuration(n.Value)
 		if ok = err == nil && n.ShortTag() == "!!str"; ok {
 			*out = duration
-		}
-	case *FileMode:
-		mode, err := strconv.ParseUint(n.Value, 8, 32)
-		if ok = err == nil && mode <= 0o777; ok {
-			*out = FileMode(mode)
 		}
 	case *int:
 		// YAML 1.1 reads 012 as 10: nobody who writes a limit means that.

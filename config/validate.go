@@ -32,6 +32,9 @@ func (v *validation) run() {
 	v.roles()
 	v.admin()
 	v.limits()
+	v.lmtp()
+	v.hold()
+	v.positive("fanout", v.cfg.Fanout)
 	v.greeting()
 }
 
@@ -171,11 +174,20 @@ func (v *validation) listeners() {
 		}
 		sockets = append(sockets, added)
 	}
-	for i, l := range v.cfg.Listeners {
-		path := fmt.Sprintf("listeners[%d]", i)
-		v.oneOf(path+".protocol", l.Protocol, ProtocolIMAP, ProtocolPOP3, ProtocolSieve)
-		v.oneOf(path+".tls", l.TLS, TLSStartTLS, TLSImplicit)
-		add(path+".address", l.Address)
+	for i := range v.cfg.Listeners {
+		path, l := fmt.Sprintf("listeners[%d]", i), &v.cfg.Listeners[i]
+		v.oneOf(path+".protocol", l.Protocol, ProtocolIMAP, ProtocolPOP3, ProtocolSieve, ProtocolLMTP)
+		if l.Protocol == ProtocolLMTP {
+			v.lmtpListener(path, l)
+		} else {
+			v.oneOf(path+".tls", l.TLS, TLSStartTLS, TLSImplicit)
+			v.lmtpOnly(path, *l)
+		}
+		if l.isUnix() {
+			v.unixAddress(i)
+		} else {
+			add(path+".address", l.Address)
+		}
 	}
 	if v.cfg.Admin.HTTP != "" {
 		add("admin.http", v.cfg.Admin.HTTP)
@@ -195,10 +207,13 @@ func (v *validation) roles() {
 	if len(v.cfg.Roles) == 0 {
 		v.faultAt("roles", "none", "add `name: {members: [a, b], active: a}`")
 	}
-	for _, name := range slices.Sorted(maps.Keys(v.cfg.Roles)) {
+	for _, name := range v.roleNames() {
 		v.role(join("roles", name), name, v.cfg.Roles[name])
 	}
 }
+
+// roleNames returns the names in a fixed order.
+func (v *validation) roleNames() []string { return slices.Sorted(maps.Keys(v.cfg.Roles)) }
 
 func (v *validation) role(path, name string, r Role) {
 	v.name(path, name)
@@ -233,6 +248,11 @@ func (v *validation) admin() {
 		v.faultAt("admin.socket", "is missing", "name a path, such as /run/posthouse/admin.sock")
 	case len(v.cfg.Admin.Socket) > maxSocketPath:
 		v.faultAt("admin.socket", fmt.Sprintf("longer than %d octets", maxSocketPath), "choose a shorter path")
+	}
+	for i, l := range v.cfg.Listeners {
+		if l.isUnix() && l.unixPath() == filepath.Clean(v.cfg.Admin.Socket) {
+			v.faultAt("admin.socket", fmt.Sprintf("%s is taken by listeners[%d].address", v.cfg.Admin.Socket, i), "choose another path")
+		}
 	}
 	if mode := v.cfg.Admin.SocketMode; mode&0o002 != 0 {
 		v.faultAt("admin.socket_mode", mode.String()+" lets everybody switch roles", "use 0600, or 0660 for a group")

@@ -14,7 +14,8 @@ import (
 
 func (v *validation) certificates() {
 	v.oneOf("tls.min_version", v.cfg.TLS.MinVersion, "1.2", "1.3")
-	if len(v.cfg.TLS.Certificates) == 0 {
+	needed := len(v.cfg.Listeners) == 0 || slices.ContainsFunc(v.cfg.Listeners, func(l Listener) bool { return l.TLS != TLSOff })
+	if len(v.cfg.TLS.Certificates) == 0 && needed {
 		v.faultAt("tls.certificates", "none", "add {cert: fullchain.pem, key: privkey.pem}")
 	}
 	for i := range v.cfg.TLS.Certificates {
@@ -33,7 +34,9 @@ func (v *validation) certificates() {
 }
 
 func (v *validation) auth() {
-	if len(v.cfg.Auth) == 0 {
+	// An MTA shows no credentials.
+	needed := len(v.cfg.Listeners) == 0 || slices.ContainsFunc(v.cfg.Listeners, func(l Listener) bool { return l.Protocol != ProtocolLMTP })
+	if len(v.cfg.Auth) == 0 && needed {
 		v.faultAt("auth", "none", "add {type: file, path: users.passwd} or {type: backend}")
 	}
 	for i := range v.cfg.Auth {
@@ -96,8 +99,8 @@ func (v *validation) directory() {
 	}
 }
 
-// services are the keys of a backend's addresses; lmtp has no listener yet.
-var services = []string{ProtocolIMAP, ProtocolPOP3, ProtocolSieve, "lmtp"}
+// services are the keys of a backend's addresses.
+var services = []string{ProtocolIMAP, ProtocolPOP3, ProtocolSieve, ProtocolLMTP}
 
 func (v *validation) backends() {
 	if len(v.cfg.Backends) == 0 {
@@ -110,7 +113,7 @@ func (v *validation) backends() {
 	for _, name := range slices.Sorted(maps.Keys(v.cfg.Backends)) {
 		path, b := "backends."+name, v.cfg.Backends[name]
 		v.name(path, name)
-		v.addresses(path, b, owner)
+		v.addresses(path, name, b, owner)
 		v.oneOf(path+".done", b.Done, DoneLogout, DoneEOF)
 		v.backendTLS(path+".tls", &b.TLS)
 		v.login(path+".login", &b.Login)
@@ -120,12 +123,12 @@ func (v *validation) backends() {
 
 // addresses checks the services of one backend. Two names for one address
 // would make a switch between them fence nothing.
-func (v *validation) addresses(path string, b Backend, owner map[string]string) {
+func (v *validation) addresses(path, name string, b Backend, owner map[string]string) {
 	for _, service := range services {
 		address, at := b.Address(service), path+"."+service
 		if address == "" {
-			if service != "lmtp" && v.listens(service) {
-				v.faultAt(at, "is missing, and there is a listener for "+service, "add its host:port, or remove the listener")
+			if lacks := v.lacks(name, service); lacks != "" {
+				v.faultAt(at, lacks, "add its host:port, or remove the listener")
 			}
 			continue
 		}
@@ -135,8 +138,8 @@ func (v *validation) addresses(path string, b Backend, owner map[string]string) 
 			continue
 		case host == "" || port == 0:
 			v.faultAt(at, quote(address)+" lacks a host or a port", "write host:port")
-		case b.TLS.Mode == TLSOff && !b.InsecurePlaintext && !isLoopback(host):
-			v.faultAt(at, fmt.Sprintf("tls.mode is off and %s is not loopback: passwords would cross the network in the clear", quote(host)),
+		case b.TLSMode(service) == TLSOff && !b.InsecurePlaintext && !isLoopback(host):
+			v.faultAt(at, fmt.Sprintf("tls.mode is off and %s is not loopback: passwords and mail would cross the network in the clear", quote(host)),
 				"use starttls or implicit, or set insecure_plaintext: true")
 		}
 		if other, taken := owner[address]; taken {
@@ -144,6 +147,23 @@ func (v *validation) addresses(path string, b Backend, owner map[string]string) 
 		}
 		owner[address] = at
 	}
+}
+
+// lacks says why a backend needs an address for the service; empty if it does
+// not. Deliveries go to members of roles only, and may leave others alone.
+func (v *validation) lacks(backend, service string) string {
+	if !v.listens(service) {
+		return ""
+	}
+	if service != ProtocolLMTP {
+		return "is missing, and there is a listener for " + service
+	}
+	for _, role := range v.roleNames() {
+		if slices.Contains(v.cfg.Roles[role].Members, backend) {
+			return fmt.Sprintf("is missing, but %s is a member of role %s, and there is a listener for lmtp", backend, role)
+		}
+	}
+	return ""
 }
 
 // listens reports whether clients can reach the service.
@@ -167,8 +187,11 @@ func (v *validation) useless(path, value, what, fix string) {
 
 func (v *validation) backendTLS(path string, t *BackendTLS) {
 	v.oneOf(path+".mode", t.Mode, TLSOff, TLSStartTLS, TLSImplicit)
+	if t.LMTPMode != "" {
+		v.oneOf(path+".lmtp_mode", t.LMTPMode, TLSOff, TLSStartTLS, TLSImplicit)
+	}
 	v.absolute(&t.CA)
-	if t.Mode == TLSOff {
+	if t.Mode == TLSOff && (t.LMTPMode == "" || t.LMTPMode == TLSOff) {
 		const what, fix = "has no effect with mode off", "remove it, or use starttls or implicit"
 		v.useless(path+".ca", t.CA, what, fix)
 		v.useless(path+".server_name", t.ServerName, what, fix)
@@ -188,12 +211,19 @@ func (v *validation) backendTLS(path string, t *BackendTLS) {
 			v.faultAt(path+".server_name", quote(t.ServerName)+" is not a host name", "write the name in the backend's certificate, without a port")
 		}
 	}
-	if t.CA == "" || !v.readable(path+".ca", t.CA) {
+	if t.CA != "" {
+		v.authorities(path+".ca", t.CA)
+	}
+}
+
+// authorities reports a file without CA certificates.
+func (v *validation) authorities(path, name string) {
+	if !v.readable(path, name) {
 		return
 	}
-	pem, err := os.ReadFile(t.CA)
+	pem, err := os.ReadFile(name)
 	if err != nil || !x509.NewCertPool().AppendCertsFromPEM(pem) {
-		v.faultAt(path+".ca", t.CA+" holds no certificate", "name a PEM file of CA certificates")
+		v.faultAt(path, name+" holds no certificate", "name a PEM file of CA certificates")
 	}
 }
 

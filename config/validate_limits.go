@@ -15,7 +15,7 @@ const (
 )
 
 func (v *validation) limits() {
-	v.positive()
+	v.positive("limits", v.cfg.Limits)
 	l := v.cfg.Limits
 	v.less("switch_budget", l.SwitchBudget, "hold_window", l.HoldWindow, "a switch that fails must not have refused anybody")
 	v.less("drain_timeout", l.DrainTimeout, "switch_budget", l.SwitchBudget, "a switch needs time left after the drain")
@@ -33,14 +33,18 @@ func (v *validation) limits() {
 // mayBeZero are the limits for which 0s means none or never.
 var mayBeZero = map[string]bool{"auth_failure_delay": true, "residue_max_age": true}
 
-// positive reports limits that are not greater than zero.
-func (v *validation) positive() {
-	limits := reflect.ValueOf(v.cfg.Limits)
-	for i := range limits.NumField() {
-		key := limits.Type().Field(i).Tag.Get("yaml")
-		value := limits.Field(i).Int()
+// positive reports numbers and durations of a section that are not greater than
+// zero.
+func (v *validation) positive(path string, section any) {
+	fields := reflect.ValueOf(section)
+	for i := range fields.NumField() {
+		if !fields.Field(i).CanInt() {
+			continue
+		}
+		key := fields.Type().Field(i).Tag.Get("yaml")
+		value := fields.Field(i).Int()
 		if value < 0 || value == 0 && !mayBeZero[key] {
-			v.faultAt("limits."+key, fmt.Sprint(limits.Field(i).Interface())+" is not greater than zero", "raise it, or remove it for the default")
+			v.faultAt(join(path, key), fmt.Sprint(fields.Field(i).Interface())+" is not greater than zero", "raise it, or remove it for the default")
 		}
 	}
 }

@@ -30,20 +30,25 @@ type dialect interface {
 	// refuse answers req with the protocol's own code for why.
 	refuse(c *lineConn, req request, why Reason) error
 
-	// meet reads a backend's greeting, starts TLS if the backend's
-	// configuration demands it, and returns what the backend announces
-	// before login.
-	meet(b *lineConn) ([]string, error)
+	opening
 	// logIn plays the client to a backend that meet has met. Only a positive
 	// reply that it parsed itself ends it without error.
 	logIn(b *lineConn, announced []string, as auth.Credentials, from origin) (welcome, error)
 	// admit tells the client of its success, in the words the backend chose.
 	admit(c *lineConn, req request, w welcome) error
 
-	// partingWords ends a conversation with a backend before any login.
-	partingWords() string
 	// tracker returns what follows a session with b from here to its end.
 	tracker(b *lineConn) splice.Tracker
+}
+
+// opening is how a conversation with a backend begins, and how it ends before
+// any login.
+type opening interface {
+	// meet reads a backend's greeting, starts TLS if the backend's
+	// configuration demands it, and returns what the backend announces
+	// before login.
+	meet(b *lineConn) ([]string, error)
+	partingWords() string
 }
 
 // request is what a client wants that session.go must decide about.

@@ -30,7 +30,7 @@ func (w *wire) SetWriteDeadline(time.Time) error { return nil }
 // answered.
 func readAllIMAP(t *testing.T, r io.Reader) (cmds []imapCommand, said string, reason Reason) {
 	w := &wire{Reader: r}
-	c := newLineConn(t.Context(), w)
+	c := newLineConn(t.Context(), w, readAhead)
 	for {
 		cmd, err := readIMAPCommand(c)
 		if err != nil {

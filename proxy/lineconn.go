@@ -16,6 +16,8 @@ const (
 	// readAhead is the size of the one reader of each side. It bounds what a
 	// client can pipeline into our memory during a login.
 	readAhead = 4096
+	// bodyAhead is that of an MTA's side, from which whole messages come.
+	bodyAhead = 32768
 	// maxLine bounds a line before the splice, in octets. RFC 9051 §4 suggests
 	// 8192 for an IMAP command; a SASL response (OAuth tokens, Kerberos
 	// tickets) needs more, and RFC 2449's 255 for POP3 are far too few.
@@ -57,8 +59,8 @@ type lineConn struct {
 	dead bool
 }
 
-func newLineConn(ctx context.Context, conn net.Conn) *lineConn {
-	return &lineConn{conn: conn, ctx: ctx, r: bufio.NewReaderSize(conn, readAhead)}
+func newLineConn(ctx context.Context, conn net.Conn, ahead int) *lineConn {
+	return &lineConn{conn: conn, ctx: ctx, r: bufio.NewReaderSize(conn, ahead)}
 }
 
 // readLine reads a line of at most max octets and returns it without its line

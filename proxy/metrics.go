@@ -1,6 +1,8 @@
 package proxy
 
 import (
+	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -16,6 +18,49 @@ type Metrics struct {
 	refusals *prometheus.CounterVec
 	ends     *prometheus.CounterVec
 	octets   *prometheus.CounterVec
+	lmtp     lmtpMetrics
+}
+
+// lmtpMetrics are those of the LMTP target, whose unit is a recipient.
+type lmtpMetrics struct {
+	recipients   *prometheus.CounterVec
+	transactions *prometheus.CounterVec
+	seconds      prometheus.Histogram
+	width        prometheus.Histogram
+	octets       prometheus.Counter
+	spilled      prometheus.Counter
+}
+
+func newLMTPMetrics(r prometheus.Registerer) lmtpMetrics {
+	m := lmtpMetrics{
+		recipients: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "posthouse_lmtp_recipients_total", Help: "Recipients by what the MTA was told last: delivered (2xx), deferred (4xx), refused (5xx).",
+		}, []string{"outcome"}),
+		transactions: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "posthouse_lmtp_transactions_total", Help: "Ended mail transactions: complete (all accepted recipients delivered), incomplete, abandoned (no end of the message).",
+		}, []string{"result"}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "posthouse_lmtp_seconds", Help: "Mail transactions from MAIL until the last reply.",
+			Buckets: []float64{.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60, 300},
+		}),
+		width: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "posthouse_lmtp_fanout_width", Help: "Backend connections that one message goes to at a time.",
+			Buckets: []float64{0, 1, 2, 3, 5, 10, 20, 50},
+		}),
+		octets: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "posthouse_lmtp_octets_total", Help: "Octets of complete messages, as the MTAs sent them.",
+		}),
+		spilled: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "posthouse_lmtp_spools_total", Help: "Messages that went to disk because a backend was slower than fanout.max_lag.",
+		}),
+	}
+	r.MustRegister(m.recipients, m.transactions, m.seconds, m.width, m.octets, m.spilled)
+	return m
+}
+
+func (m *lmtpMetrics) ended(result string, took time.Duration) {
+	m.transactions.WithLabelValues(result).Inc()
+	m.seconds.Observe(took.Seconds())
 }
 
 // NewMetrics registers the proxy's metrics with r.
@@ -37,13 +82,14 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		}, []string{"protocol", "direction"}),
 	}
 	r.MustRegister(m.logins, m.refusals, m.ends, m.octets)
+	m.lmtp = newLMTPMetrics(r)
 	return m
 }
 
 // watch adds the gauge of open connections: counted from the session list, so
 // that it cannot drift.
 func (m *Metrics) watch(s *Server) {
-	for protocol := range s.protocols {
+	for _, protocol := range append(slices.Collect(maps.Keys(s.protocols)), "lmtp") {
 		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "posthouse_sessions", Help: "Open client connections by protocol.",
 			ConstLabels: prometheus.Labels{"protocol": protocol},

@@ -41,22 +41,29 @@ func (o *offers) learn(protocol, backend string, announced []string) {
 // shared returns the tokens that all active backends announce, in the first
 // one's order. A backend that was never met does not count: it serves nobody.
 func (o *offers) shared(protocol string) []string {
+	all := o.all(protocol)
+	if len(all) == 0 {
+		return nil
+	}
+	common := slices.Clone(all[0])
+	for _, announced := range all[1:] {
+		common = slices.DeleteFunc(common, func(token string) bool { return !has(announced, token) })
+	}
+	return common
+}
+
+// all returns what each active backend that was met announces.
+func (o *offers) all(protocol string) [][]string {
 	actives := o.server.options.Table.ActiveBackends()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	var common []string
-	first := true
+	var all [][]string
 	for _, backend := range actives {
-		announced, met := o.learned[protocol][backend]
-		switch {
-		case !met:
-		case first:
-			common, first = slices.Clone(announced), false
-		default:
-			common = slices.DeleteFunc(common, func(token string) bool { return !has(announced, token) })
+		if announced, met := o.learned[protocol][backend]; met {
+			all = append(all, announced)
 		}
 	}
-	return common
+	return all
 }
 
 // start asks the actives once, for at most offersPatience, and goes on asking
@@ -107,7 +114,7 @@ func (o *offers) ask(ctx context.Context) {
 		}
 		for _, protocol := range slices.Sorted(maps.Keys(protocols)) {
 			asking.Go(func() {
-				d := o.server.protocols[protocol]()
+				d := o.server.words(protocol)
 				b, announced, err := o.server.meet(ctx, d, protocol, backend)
 				if err != nil {
 					o.server.log.Warn("could not ask a backend what it announces", zap.String("backend", name),

@@ -26,7 +26,7 @@ func (h *heard) Write(p []byte) (int, error) { return h.written.Write(p) }
 // hears returns a lineConn at whose other end somebody has said words.
 func hears(t testing.TB, words string) (*lineConn, *bytes.Buffer) {
 	h := &heard{r: strings.NewReader(words)}
-	return newLineConn(t.Context(), h), &h.written
+	return newLineConn(t.Context(), h, readAhead), &h.written
 }
 
 var secured = offer{hostname: "mail.test", mechanisms: auth.Names()}

@@ -27,12 +27,14 @@ import (
 
 // Listener is one address on which a protocol is served.
 type Listener struct {
-	// Protocol is "imap", "pop3" or "sieve".
+	// Protocol is "imap", "pop3", "sieve" or "lmtp".
 	Protocol string
 	// Implicit: TLS begins at once; otherwise by the protocol's command.
 	Implicit bool
 	// Listener accepts; the Server closes it.
 	Listener net.Listener
+	// LMTP is set for that protocol only.
+	LMTP *LMTPListener
 }
 
 // Limits bound what clients and backends can make posthouse do. config
@@ -63,6 +65,7 @@ type Options struct {
 	Table    *routing.Table
 	Backends *backendpool.Pool
 	Limits   Limits
+	LMTP     LMTPOptions
 	// Sieve, if not empty, is announced as ManageSieve's SIEVE capability
 	// instead of what all active backends have in common.
 	Sieve []string
@@ -83,6 +86,7 @@ type Server struct {
 	protocols map[string]func() dialect
 	tls       map[string]*tls.Config // by protocol: ALPN differs
 	signing   chan struct{}          // slots, see signer
+	lmtp      *lmtpTarget
 
 	sessions *sessions
 	running  sync.WaitGroup // accept loops and login goroutines
@@ -105,6 +109,9 @@ func New(o Options) *Server {
 			"sieve": func() dialect { return &sieveDialect{announce: o.Sieve} },
 		},
 		tls: make(map[string]*tls.Config),
+		lmtp: &lmtpTarget{
+			options: o.LMTP, reuse: backendpool.NewReuse[*lmtpConn](o.LMTP.MaxConnections, o.LMTP.IdleTimeout),
+		},
 	}
 	for protocol, id := range alpn {
 		c := s.inTurn(o.TLS)
@@ -199,10 +206,14 @@ func (s *Server) accept(ctx, loginContext context.Context, l Listener) {
 
 // serve runs one connection's session until the client is gone or spliced.
 func (s *Server) serve(ctx context.Context, l Listener, conn net.Conn) {
-	c := newLineConn(ctx, conn)
+	size, config := readAhead, s.tls[l.Protocol]
+	if l.LMTP != nil {
+		size, config = bodyAhead, s.lmtpTLS(l.LMTP)
+	}
+	c := newLineConn(ctx, conn, size)
 	c.mostStrikes = s.options.Limits.BadCommands
 	c.wrap = func(ctx context.Context, plain net.Conn) (*tls.Conn, error) {
-		secured := tls.Server(plain, s.tls[l.Protocol])
+		secured := tls.Server(plain, config)
 		return secured, secured.HandshakeContext(ctx)
 	}
 	// Whatever waits for this client ends with the frontend.
@@ -210,37 +221,86 @@ func (s *Server) serve(ctx context.Context, l Listener, conn net.Conn) {
 	defer stop()
 
 	from := origin{client: addrPort(conn.RemoteAddr()), local: addrPort(conn.LocalAddr()), session: rand.Text()[:12]}
-	listed := &Session{ID: from.session, Protocol: l.Protocol, Client: from.client.String(), Since: time.Now()}
-	sess := &session{
-		server: s, listed: listed, d: s.protocols[l.Protocol](), c: c, from: from,
-		implicit: l.Implicit, until: time.Now().Add(s.options.Limits.PreauthTimeout),
-		log: s.log.With(zap.String("protocol", l.Protocol), zap.String("session", from.session),
-			zap.Stringer("client", from.client)),
-	}
+	listed := &Session{ID: from.session, Protocol: l.Protocol, Client: clientName(from.client), Since: time.Now()}
+	log := s.log.With(zap.String("protocol", l.Protocol), zap.String("session", from.session), zap.String("client", listed.Client))
 	if err := s.sessions.add(listed, from.client.Addr()); err != nil {
-		sess.log.Warn("connection refused", zap.Error(err))
+		log.Warn("connection refused", zap.Error(err))
 		s.metrics.refused(l.Protocol, Overloaded.String())
 		c.deadline(time.Now().Add(answerTimeout))
 		if !l.Implicit { // a handshake is what we cannot afford now
-			_ = sess.d.refuse(c, request{}, Overloaded)
+			s.turnAway(l, c)
 		}
 		c.close() // without lingering: that would keep the connection
 		return
+	}
+	if l.LMTP != nil {
+		s.serveLMTP(ctx, l, c, listed, from, log)
+		return
+	}
+	sess := &session{
+		server: s, listed: listed, d: s.protocols[l.Protocol](), c: c, from: from,
+		implicit: l.Implicit, until: time.Now().Add(s.options.Limits.PreauthTimeout),
+		log: log,
 	}
 	defer sess.survive()
 	sess.run(ctx)
 }
 
+// turnAway refuses a connection that is one too many.
+func (s *Server) turnAway(l Listener, c *lineConn) {
+	if l.LMTP != nil {
+		_ = c.write(newReply(421, "4.3.2 Too many connections, try again later").append(nil))
+		return
+	}
+	_ = s.protocols[l.Protocol]().refuse(c, request{}, Overloaded)
+}
+
+// words are those that open a conversation with a backend.
+func (s *Server) words(protocol string) opening {
+	if d, ok := s.protocols[protocol]; ok {
+		return d()
+	}
+	return lmtpWords{s.options.Hostname}
+}
+
+// meetTries is how often a backend that does not accept or says BYE at once is
+// tried, with meetPause in between: a server that restarts a process refuses
+// for a moment. Nothing has been said yet, so trying again is safe.
+const (
+	meetTries = 3
+	meetPause = 250 * time.Millisecond
+)
+
+// reach meets a backend, and tries again.
+func (s *Server) reach(ctx context.Context, d opening, service string, backend *backendpool.Backend) (b *lineConn, announced []string, err error) {
+	for try := range meetTries {
+		if try > 0 {
+			select {
+			case <-ctx.Done():
+				return nil, nil, context.Cause(ctx)
+			case <-time.After(meetPause):
+			}
+		}
+		if b, announced, err = s.meet(ctx, d, service, backend); err == nil {
+			return b, announced, nil
+		}
+		if reasonOf(err).alarms() || ctx.Err() != nil {
+			return nil, nil, err
+		}
+	}
+	return nil, nil, err
+}
+
 // meet connects to a backend's service and returns what it announces before
 // login. On an error the connection is closed.
-func (s *Server) meet(ctx context.Context, d dialect, service string, backend *backendpool.Backend) (*lineConn, []string, error) {
+func (s *Server) meet(ctx context.Context, d opening, service string, backend *backendpool.Backend) (*lineConn, []string, error) {
 	conn, err := s.options.Backends.Dial(ctx, backend, service)
 	if err != nil {
 		return nil, nil, &Error{Op: "connect", Err: err}
 	}
-	b := newLineConn(ctx, conn)
+	b := newLineConn(ctx, conn, readAhead)
 	b.provenByWords = !backend.EOFProves
-	if backend.TLS == backendpool.TLSStartTLS {
+	if backend.TLSOf(service) == backendpool.TLSStartTLS {
 		b.mustStartTLS = true
 		b.wrap = func(ctx context.Context, plain net.Conn) (*tls.Conn, error) {
 			return s.options.Backends.Secure(ctx, backend, service, plain)
@@ -290,6 +350,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		s.cancel()
 	}
 	s.sessions.endAll(splice.ShuttingDown)
+	s.lmtp.reuse.Close()
 	quiet := make(chan struct{})
 	go func() {
 		s.running.Wait()
@@ -306,6 +367,14 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		return fmt.Errorf("%d sessions had not ended within shutdown_timeout", n)
 	}
 	return nil
+}
+
+// clientName is a client in the session list and the log.
+func clientName(a netip.AddrPort) string {
+	if !a.IsValid() {
+		return "unix"
+	}
+	return a.String()
 }
 
 func addrPort(a net.Addr) netip.AddrPort {

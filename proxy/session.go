@@ -282,8 +282,8 @@ func (s *session) connect(ctx context.Context, l *leg, id auth.Identity) (w welc
 	defer release()
 
 	s.do("connecting to " + l.backend.Name)
-	announced, err := s.meet(ctx, l)
-	if err != nil {
+	var announced []string
+	if l.b, announced, err = s.server.reach(ctx, s.d, s.listed.Protocol, l.backend); err != nil {
 		return w, err
 	}
 	s.server.offers.learn(s.listed.Protocol, l.backend.Name, announced)
@@ -312,34 +312,6 @@ func (s *session) connect(ctx context.Context, l *leg, id auth.Identity) (w welc
 			"the backend refused a verified user, check login.user, password_file and style: %w", err)
 	}
 	return w, ofBackend("log in to "+l.backend.Name, err)
-}
-
-// meetTries is how often a backend that does not accept or says BYE at once is
-// tried, with meetPause in between: a server that restarts a process refuses
-// for a moment. Nothing has been said yet, so trying again is safe.
-const (
-	meetTries = 3
-	meetPause = 250 * time.Millisecond
-)
-
-// meet connects to a backend and returns what it announces before login.
-func (s *session) meet(ctx context.Context, l *leg) (announced []string, err error) {
-	for try := range meetTries {
-		if try > 0 {
-			select {
-			case <-ctx.Done():
-				return nil, context.Cause(ctx)
-			case <-time.After(meetPause):
-			}
-		}
-		if l.b, announced, err = s.server.meet(ctx, s.d, s.listed.Protocol, l.backend); err == nil {
-			return announced, nil
-		}
-		if reasonOf(err).alarms() || ctx.Err() != nil {
-			return nil, err
-		}
-	}
-	return nil, err
 }
 
 // credentialsFor are those that a backend gets for user, by the style of its

@@ -36,7 +36,8 @@ func (s *site) client(t *testing.T) *peer {
 // dialogue plays steps of a transcript between one client and one backend.
 func (s *site) dialogue(t *testing.T, client, backend *peer, steps ...string) *transcript {
 	t.Helper()
-	tr := &transcript{t: t, site: s, client: client, backend: backend, vars: make(map[string]string)}
+	tr := &transcript{t: t, site: s, client: client, backend: backend, vars: make(map[string]string),
+		clients: map[string]*peer{"": client}, backends: map[string]*peer{"": backend}}
 	for _, step := range steps {
 		if err := tr.step(step); err != nil {
 			t.Fatalf("%s: %v\n%s", step, err, s.logged())
@@ -224,7 +225,7 @@ func TestLoginStress(t *testing.T) {
 	go func() {
 		for {
 			select {
-			case p := <-s.accepted:
+			case p := <-s.accepted[""]:
 				go serveScripted(p)
 			case <-done:
 				return

@@ -3,38 +3,22 @@ package proxy
 import (
 	"bufio"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
-	"go.uber.org/zap/zaptest/observer"
-
-	"github.com/posthouse/posthouse/backendpool"
-	"github.com/posthouse/posthouse/proxy/auth"
 	"github.com/posthouse/posthouse/proxy/splice"
 	"github.com/posthouse/posthouse/routing"
-	"github.com/posthouse/posthouse/routing/directory"
-	"github.com/posthouse/posthouse/routing/filestore"
-	"github.com/posthouse/posthouse/routing/statedir"
 )
 
 // TestTranscripts plays every testdata/<protocol>/*.txt: a client and a
@@ -59,11 +43,18 @@ import (
 //	log TEXT    a log line contains TEXT           residue N  the table knows N residues
 //	silent TEXT no log line contains TEXT
 //
+// LMTP has several backends, a and b of role r1 (alice, bob, dave@example.org),
+// c and d of r2 (carol), each with listeners of its own: `>a: `, `<c~ `,
+// `<a! close`, `>c! accept` name them; a name stays with the last connection
+// accepted there. `<a! greet KEYWORDS` accepts one, greets it, and answers its
+// LHLO with those keywords. `C2: `, `S2: ` are a second client.
+//
 // Settings come first: `listener: starttls|implicit` (default implicit, after
 // the handshake and the greeting of the client), `backend: off|starttls|
 // implicit`, `style: authzid|master-user|replay`, `done: logout|eof`,
 // `auth: file|backend`, `shared: TOKENS` announced by the actives,
-// `limits: NAME=DURATION`.
+// `limits: NAME=DURATION`; for LMTP, whose `listener` may be off (the default),
+// `peer: trusted|stranger`, `bare: reject|normalize`, `lhlo: eaten|said`.
 func TestTranscripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/*/*.txt")
 	if err != nil || len(files) == 0 {
@@ -112,8 +103,11 @@ func (p *peer) line() (string, error) {
 type transcript struct {
 	t         *testing.T
 	site      *site
-	client    *peer
-	backend   *peer
+	client    *peer            // the one that speaks
+	clients   map[string]*peer // "" and "2"
+	backend   *peer            // the one that speaks
+	backends  map[string]*peer // by name; "" is the last accepted
+	speaks    string           // its name
 	vars      map[string]string
 	switching chan error
 }
@@ -121,6 +115,10 @@ type transcript struct {
 func play(t *testing.T, protocol, text string) {
 	settings := map[string]string{
 		"listener": "implicit", "backend": "off", "style": "authzid", "done": "logout", "auth": "file", "shared": "", "limits": "", "greeting": "eaten", "connections": "4",
+		"peer": "trusted", "bare": "", "lhlo": "eaten",
+	}
+	if protocol == "lmtp" {
+		settings["listener"] = "off"
 	}
 	lines := strings.Split(text, "\n")
 	first := 0
@@ -136,7 +134,7 @@ func play(t *testing.T, protocol, text string) {
 		settings[key] = strings.TrimSpace(value)
 	}
 	s := newSite(t, protocol, settings)
-	tr := &transcript{t: t, site: s, vars: make(map[string]string)}
+	tr := &transcript{t: t, site: s, vars: make(map[string]string), clients: make(map[string]*peer), backends: make(map[string]*peer)}
 	tr.client = newPeer("client", s.dial(t))
 	if settings["listener"] == "implicit" {
 		tr.handshake()
@@ -144,6 +142,10 @@ func play(t *testing.T, protocol, text string) {
 	if settings["greeting"] == "eaten" {
 		tr.eatGreeting(protocol)
 	}
+	if protocol == "lmtp" && settings["lhlo"] == "eaten" {
+		tr.eatHello()
+	}
+	tr.clients[""] = tr.client
 	for n, line := range lines[first:] {
 		if line == "" || strings.HasPrefix(line, "#") {
 			continue
@@ -167,6 +169,46 @@ func (tr *transcript) eatGreeting(protocol string) {
 	}
 }
 
+// eatHello says LHLO.
+func (tr *transcript) eatHello() {
+	if err := send(tr.client, "LHLO mx.example.net\r\n"); err != nil {
+		tr.t.Fatal(err)
+	}
+	for {
+		line, err := tr.client.line()
+		if err != nil {
+			tr.t.Fatalf("LHLO: %v\n%s", err, tr.site.logged())
+		}
+		if strings.HasPrefix(line, "250 ") {
+			return
+		}
+	}
+}
+
+// named is a step that names its peer, as in `>a: ` or `C2: `.
+var named = regexp.MustCompile(`^([<>CS])([a-z0-9]?)([:~!])`)
+
+// address makes the peer that a step names the one that speaks, and returns
+// the step without the name.
+func (tr *transcript) address(line string) string {
+	m := named.FindStringSubmatch(line)
+	if m == nil {
+		return line
+	}
+	line = m[1] + m[3] + line[len(m[0]):]
+	if m[1] == "<" || m[1] == ">" {
+		tr.speaks = m[2]
+		tr.backend = tr.backends[m[2]]
+		return line
+	}
+	if tr.clients[m[2]] == nil {
+		tr.client = newPeer("client", tr.site.dial(tr.t))
+		tr.clients[m[2]] = tr.client
+	}
+	tr.client = tr.clients[m[2]]
+	return line
+}
+
 func (tr *transcript) handshake() {
 	secured := tls.Client(tr.client.conn, &tls.Config{RootCAs: testRoots, ServerName: "localhost"})
 	if err := secured.Handshake(); err != nil {
@@ -176,6 +218,7 @@ func (tr *transcript) handshake() {
 }
 
 func (tr *transcript) step(line string) error {
+	line = tr.address(line)
 	word, rest, _ := strings.Cut(line, " ")
 	switch word {
 	case "S:":
@@ -230,14 +273,37 @@ func (tr *transcript) step(line string) error {
 			r := tr.site.table.Roles()[0]
 			return fmt.Sprint(len(r.Unhanded)+len(r.Residues)) == rest && r.Inside == 0
 		})
+	case "shutdown":
+		tr.site.stop()
+		return nil
 	}
 	return errors.New("no such step")
 }
 
+// greet accepts a connection to an LMTP backend and answers until its LHLO.
+func (tr *transcript) greet(keywords []string) (err error) {
+	if err = tr.act(">! accept"); err != nil {
+		return err
+	}
+	if err = send(tr.backend, "220 backend LMTP\r\n"); err != nil {
+		return err
+	}
+	if err = tr.expect(tr.backend, "LHLO mail.example.org"); err != nil {
+		return err
+	}
+	lines := append([]string{"backend"}, keywords...)
+	return send(tr.backend, string(newReply(250, lines...).append(nil)))
+}
+
 func (tr *transcript) act(line string) (err error) {
+	if keywords, found := strings.CutPrefix(line, "<! greet"); found {
+		keywords = strings.ReplaceAll(keywords, "_", " ")
+		return tr.greet(append([]string{"PIPELINING"}, slices.DeleteFunc(strings.Split(strings.TrimSpace(keywords), ","), func(k string) bool { return k == "" })...))
+	}
 	switch line {
 	case "C! tls":
 		tr.handshake()
+		tr.clients[""] = tr.client
 	case "C! close":
 		err = tr.client.conn.Close()
 	case "C! half":
@@ -247,15 +313,17 @@ func (tr *transcript) act(line string) (err error) {
 	case "S! eof":
 		err = atEnd(tr.client)
 	case ">! accept":
-		tr.backend, err = tr.site.accept()
+		tr.backend, err = tr.site.accept(tr.speaks)
+		tr.backends[tr.speaks] = tr.backend
 	case ">! tls":
 		secured := tls.Server(tr.backend.conn, &tls.Config{Certificates: []tls.Certificate{testCertificate}})
 		if err = secured.Handshake(); err == nil {
 			tr.backend = newPeer("backend", secured)
+			tr.backends[tr.speaks] = tr.backend
 		}
 	case ">! none":
 		select {
-		case <-tr.site.accepted:
+		case <-tr.site.accepted[tr.speaks]:
 			err = errors.New("the backend was connected to")
 		default:
 		}
@@ -348,267 +416,4 @@ func (tr *transcript) expect(p *peer, want string) error {
 		tr.vars[name] = found[i+1]
 	}
 	return nil
-}
-
-// site is a server with a role r1 on backend a, replica b, both scripted.
-type site struct {
-	server   *Server
-	table    *routing.Table
-	logs     *observer.ObservedLogs
-	listener net.Listener
-	backends net.Listener
-	accepted chan *peer
-
-	mu    sync.Mutex
-	peers []*peer // all backends that were ever accepted
-}
-
-func newSite(t *testing.T, protocol string, settings map[string]string) *site {
-	t.Helper()
-	core, logs := observer.New(zapcore.DebugLevel)
-	s := &site{logs: logs, accepted: make(chan *peer, 8), listener: listen(t), backends: listen(t)}
-	pool := backendpool.New([]*backendpool.Backend{s.backend("a", protocol, settings), s.backend("b", protocol, settings)},
-		backendpool.Limits{ConnectTimeout: limitOf(t, settings, "connect", patience), Logins: 8, KeepAlive: time.Minute})
-	s.table = s.startTable(t, settings, pool, zap.New(core))
-	connections, err := strconv.Atoi(settings["connections"])
-	if err != nil {
-		t.Fatal(err)
-	}
-	limits := Limits{
-		PreauthTimeout: limitOf(t, settings, "preauth", patience), AuthTries: 3, BadCommands: 5, AuthFailureDelay: time.Millisecond,
-		ConnectTimeout:      limitOf(t, settings, "connect", patience),
-		BackendLoginTimeout: limitOf(t, settings, "login", patience),
-		IdleTimeout:         limitOf(t, settings, "idle", patience),
-		DrainTimeout:        limitOf(t, settings, "drain", patience),
-		WriteTimeout:        patience, KeepAlive: time.Minute, MaxConnections: connections, MaxConnectionsPerIP: connections,
-	}
-	var verifier auth.Verifier = &auth.Backend{}
-	if settings["auth"] == "file" {
-		verifier = fileVerifier(t)
-	}
-	s.server = New(Options{
-		Hostname: "mail.example.org", TLS: &tls.Config{Certificates: []tls.Certificate{testCertificate}, MinVersion: tls.VersionTLS12},
-		Listeners: []Listener{{Protocol: protocol, Implicit: settings["listener"] == "implicit", Listener: s.listener}},
-		Verifier:  verifier, Table: s.table, Backends: pool, Limits: limits,
-		Logger: zap.New(core), Metrics: NewMetrics(prometheus.NewRegistry()),
-	})
-	if shared := settings["shared"]; shared != "" {
-		s.server.offers.learn(protocol, "a", strings.Split(shared, ","))
-	}
-	go s.acceptBackends()
-	ctx, cancel := context.WithCancel(context.Background())
-	serving := make(chan struct{})
-	go func() { defer close(serving); s.server.Serve(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		<-serving
-		s.end(t)
-	})
-	return s
-}
-
-func (s *site) backend(name, protocol string, settings map[string]string) *backendpool.Backend {
-	b := &backendpool.Backend{
-		Name: name, Addresses: map[string]string{protocol: s.backends.Addr().String()}, TLS: backendpool.TLSMode(settings["backend"]),
-		Style: backendpool.Style(settings["style"]), User: "proxy", EOFProves: settings["done"] == "eof",
-	}
-	b.SetPassword("secret")
-	if b.TLS != backendpool.TLSOff {
-		b.TLSConfig = &tls.Config{RootCAs: testRoots, ServerName: "localhost"}
-	}
-	return b
-}
-
-func (s *site) startTable(t *testing.T, settings map[string]string, pool *backendpool.Pool, log *zap.Logger) *routing.Table {
-	t.Helper()
-	dir, err := statedir.Open(filepath.Join(t.TempDir(), "state"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	store, err := filestore.Open(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	users := filepath.Join(t.TempDir(), "users.map")
-	if err := os.WriteFile(users, []byte("alice: r1\nbob: r1\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	file, err := directory.NewFile(users, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	addresses := make(map[string]map[string]string)
-	for _, name := range pool.Names() {
-		b, _ := pool.Backend(name)
-		addresses[name] = b.Addresses
-	}
-	table, err := routing.Start(t.Context(), routing.Options{
-		ID: routing.NewID("test"), Store: store, Directory: directory.Chain{file}, Local: dir, Backends: addresses,
-		HoldWindow:   limitOf(t, settings, "window", patience),
-		SwitchBudget: limitOf(t, settings, "budget", patience),
-		Roles:        map[string]routing.RoleConfig{"r1": {Members: []string{"a", "b"}, Active: "a"}},
-		Logger:       log,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := errors.Join(table.Check(), table.Close(context.Background()), store.Close(), dir.Close()); err != nil {
-			t.Error(err)
-		}
-	})
-	return table
-}
-
-func limitOf(t *testing.T, settings map[string]string, name string, otherwise time.Duration) time.Duration {
-	t.Helper()
-	for field := range strings.FieldsSeq(settings["limits"]) {
-		key, value, _ := strings.Cut(field, "=")
-		if key != name {
-			continue
-		}
-		d, err := time.ParseDuration(value)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return d
-	}
-	return otherwise
-}
-
-func fileVerifier(t *testing.T) auth.Verifier {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "users.passwd")
-	if err := os.WriteFile(path, []byte("alice:{PLAIN}wonder land\nbob:{PLAIN}builder\nnobody:{PLAIN}nowhere\nmaster:{PLAIN}mistress\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	f, err := auth.OpenFile(path, auth.FileOptions{Masters: []string{"master"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return f
-}
-
-func listen(t *testing.T) net.Listener {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
-}
-
-func (s *site) dial(t *testing.T) net.Conn {
-	t.Helper()
-	conn, err := net.Dial("tcp", s.listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = conn.Close() })
-	return conn
-}
-
-func (s *site) acceptBackends() {
-	for {
-		conn, err := s.backends.Accept()
-		if err != nil {
-			return
-		}
-		p := newPeer("backend", conn)
-		s.mu.Lock()
-		s.peers = append(s.peers, p)
-		s.mu.Unlock()
-		s.accepted <- p
-	}
-}
-
-func (s *site) accept() (*peer, error) {
-	select {
-	case p := <-s.accepted:
-		return p, nil
-	case <-time.After(patience):
-		return nil, errors.New("nobody connected to the backend")
-	}
-}
-
-// waitFor polls what the server does on its own, until it holds.
-func (s *site) waitFor(holds func() bool) error {
-	for end := time.Now().Add(patience); !holds(); {
-		if time.Now().After(end) {
-			return errors.New("it did not happen")
-		}
-		<-time.After(2 * time.Millisecond)
-	}
-	return nil
-}
-
-func (s *site) logged() string {
-	var b strings.Builder
-	encoder := zapcore.NewConsoleEncoder(zap.NewProductionEncoderConfig())
-	for _, e := range s.logs.All() {
-		line, err := encoder.EncodeEntry(e.Entry, e.Context)
-		if err == nil {
-			b.WriteString(line.String())
-		}
-	}
-	return b.String()
-}
-
-// finish closes both sides and expects that nothing is left of the session.
-func (s *site) finish(t *testing.T, tr *transcript) {
-	t.Helper()
-	_ = tr.client.conn.Close()
-	if tr.backend != nil {
-		_ = tr.backend.conn.Close()
-	}
-	if err := s.waitFor(func() bool { return s.server.sessions.count() == 0 && s.table.Counters().Inside == 0 }); err != nil {
-		t.Errorf("sessions or stays are left: %v\n%s", s.server.Sessions(), s.logged())
-	}
-	if err := s.server.Check(); err != nil {
-		t.Error(err)
-	}
-	if strings.Contains(s.logged(), "wonder land") || strings.Contains(s.logged(), "d29uZGVyIGxhbmQ") {
-		t.Error("a password was logged") // G10
-	}
-}
-
-func (s *site) end(t *testing.T) {
-	_ = s.backends.Close()
-	s.mu.Lock()
-	for _, p := range s.peers {
-		_ = p.conn.Close()
-	}
-	s.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	if err := s.server.Shutdown(ctx); err != nil {
-		t.Errorf("%v\n%s", err, s.logged())
-	}
-}
-
-var testCertificate, testRoots = newCertificate()
-
-// newCertificate is valid from 1990, because the clock of synctest starts in
-// 2000.
-func newCertificate() (tls.Certificate, *x509.CertPool) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		panic(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "localhost"}, DNSNames: []string{"localhost"},
-		NotBefore: time.Date(1990, 1, 1, 0, 0, 0, 0, time.UTC), NotAfter: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		panic(err)
-	}
-	leaf, err := x509.ParseCertificate(der)
-	if err != nil {
-		panic(err)
-	}
-	pool := x509.NewCertPool()
-	pool.AddCert(leaf)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, pool
 }

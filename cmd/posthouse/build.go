@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/posthouse/posthouse/backendpool"
+	"github.com/posthouse/posthouse/cmd/posthouse/internal/admin"
 	"github.com/posthouse/posthouse/config"
 	"github.com/posthouse/posthouse/proxy"
 	"github.com/posthouse/posthouse/proxy/auth"
@@ -69,6 +70,11 @@ func parts(cfg *config.Config) (*instance, error) {
 		i.directories = append(i.directories, f)
 	}
 	errs = append(errs, i.certificates.load(cfg.TLS.Certificates))
+	for _, l := range cfg.Listeners {
+		p, err := newListener(l)
+		errs = append(errs, err)
+		i.listeners = append(i.listeners, p)
+	}
 	var err error
 	i.pool, err = newPool(cfg)
 	errs = append(errs, err)
@@ -112,9 +118,22 @@ func build(ctx context.Context, cfg *config.Config, log *zap.Logger, onEvent fun
 			WriteTimeout: limits.WriteTimeout, DrainTimeout: limits.DrainTimeout, KeepAlive: limits.Keepalive,
 			MaxConnections: limits.MaxConnections, MaxConnectionsPerIP: limits.MaxConnectionsPerIP,
 		},
+		LMTP: i.lmtpOptions(),
 	})
 	i.watchTable()
 	return i, nil
+}
+
+// lmtpOptions are those of the LMTP target.
+func (i *instance) lmtpOptions() proxy.LMTPOptions {
+	l := i.cfg.LMTP
+	return proxy.LMTPOptions{
+		MaxSize: int64(l.MaxSize), MaxRecipients: l.MaxRecipients, MaxHops: l.MaxHops, MaxLine: l.MaxLine,
+		MaxConnections: l.MaxConnections, IdleTimeout: l.IdleTimeout, CommandTimeout: l.CommandTimeout, ReplyTimeout: l.ReplyTimeout,
+		Hold: i.cfg.Hold.LMTP, MaxLag: i.cfg.Fanout.MaxLag, SpoolDir: i.cfg.StateDir,
+		Delimiter: l.RecipientDelimiter, LocalDomains: l.LocalDomains, Postmaster: l.Postmaster, CatchAll: l.CatchAll,
+		Names: normalizer(i.cfg),
+	}
 }
 
 // join opens the store and registers this frontend in it.
@@ -172,23 +191,53 @@ func (i *instance) verifier() auth.Verifier {
 	return chain
 }
 
+// newListener is what the proxy needs to know of a listener, but for its socket.
+func newListener(l config.Listener) (proxy.Listener, error) {
+	p := proxy.Listener{Protocol: l.Protocol, Implicit: l.TLS == config.TLSImplicit}
+	if l.Protocol != config.ProtocolLMTP {
+		return p, nil
+	}
+	p.LMTP = &proxy.LMTPListener{
+		Trusted: l.TrustedPrefixes(), BareNewline: l.BareNewline,
+		StartTLS: l.TLS == config.TLSStartTLS, NeedsTLS: !l.AllowsPlaintext(),
+	}
+	if l.ClientCA == "" {
+		return p, nil
+	}
+	var err error
+	p.LMTP.ClientCAs, err = authorities(l.ClientCA)
+	return p, err
+}
+
 func (i *instance) listen(ctx context.Context) error {
 	var errs []error
-	for _, l := range i.cfg.Listeners {
-		var lc net.ListenConfig
-		ln, err := lc.Listen(ctx, "tcp", l.Address)
+	for n, l := range i.cfg.Listeners {
+		network, address := l.Network()
+		ln, err := listen(ctx, network, address, os.FileMode(l.Mode))
 		if err != nil {
 			errs = append(errs, fmt.Errorf("listener %s %s: %w: is another server (or another posthouse) on it?", l.Protocol, l.Address, err))
 			continue
 		}
-		i.listeners = append(i.listeners, proxy.Listener{Protocol: l.Protocol, Implicit: l.TLS == config.TLSImplicit, Listener: ln})
+		i.listeners[n].Listener = ln
 	}
 	return errors.Join(errs...)
 }
 
+// listen opens a listener. A unix socket gets its mode before anybody can
+// connect to it.
+func listen(ctx context.Context, network, address string, mode os.FileMode) (net.Listener, error) {
+	if network == "unix" {
+		return admin.Listen(address, mode)
+	}
+	var lc net.ListenConfig
+	return lc.Listen(ctx, network, address)
+}
+
 func (i *instance) closeListeners() {
 	for _, l := range i.listeners {
-		_ = l.Listener.Close()
+		if l.Listener != nil {
+			_ = l.Listener.Close()
+		}
 	}
 }
 
@@ -214,14 +263,15 @@ func newPool(cfg *config.Config) (*backendpool.Pool, error) {
 	for name, c := range cfg.Backends {
 		b := &backendpool.Backend{
 			Name: name, Addresses: make(map[string]string), TLS: backendpool.TLSMode(c.TLS.Mode),
-			Style: backendpool.Style(c.Login.Style), User: c.Login.User, EOFProves: c.Done == config.DoneEOF,
+			LMTPTLS: backendpool.TLSMode(c.TLSMode(config.ProtocolLMTP)),
+			Style:   backendpool.Style(c.Login.Style), User: c.Login.User, EOFProves: c.Done == config.DoneEOF,
 		}
 		for _, service := range []string{"imap", "pop3", "sieve", "lmtp"} {
 			if address := c.Address(service); address != "" {
 				b.Addresses[service] = address
 			}
 		}
-		if c.TLS.Mode != config.TLSOff {
+		if c.TLS.Mode != config.TLSOff || c.TLSMode(config.ProtocolLMTP) != config.TLSOff {
 			t, err := backendTLS(c.TLS)
 			errs = append(errs, err)
 			b.TLSConfig = t
@@ -247,15 +297,22 @@ func backendTLS(c config.BackendTLS) (*tls.Config, error) {
 	if c.CA == "" {
 		return t, nil
 	}
-	pem, err := os.ReadFile(c.CA)
+	var err error
+	t.RootCAs, err = authorities(c.CA)
+	return t, err
+}
+
+// authorities reads a PEM file of CA certificates.
+func authorities(path string) (*x509.CertPool, error) {
+	pem, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	t.RootCAs = x509.NewCertPool()
-	if !t.RootCAs.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("%s holds no certificate", c.CA)
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no certificate", path)
 	}
-	return t, nil
+	return pool, nil
 }
 
 // suites are those of TLS 1.2: crypto/tls's defaults hold two with CBC.
@@ -309,6 +366,9 @@ func (c *certificates) warn(log *zap.Logger) {
 
 func (c *certificates) choose(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	list := *c.list.Load()
+	if len(list) == 0 {
+		return nil, errors.New("tls.certificates is empty")
+	}
 	for n := range list {
 		if hello.SupportsCertificate(&list[n]) == nil {
 			return &list[n], nil

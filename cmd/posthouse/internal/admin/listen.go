@@ -28,7 +28,7 @@ func Listen(path string, mode fs.FileMode) (net.Listener, error) {
 		if errors.As(err, &why) {
 			err = why.Err
 		}
-		return nil, fmt.Errorf("admin.socket %s: %w", path, err)
+		return nil, fmt.Errorf("unix socket %s: %w", path, err)
 	}
 	switch info, err := os.Lstat(path); {
 	case errors.Is(err, fs.ErrNotExist):

@@ -1,0 +1,573 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/posthouse/posthouse/backendpool"
+	"github.com/posthouse/posthouse/proxy/spool"
+	"github.com/posthouse/posthouse/routing"
+)
+
+// lmtpLeg is what one transaction has at one backend for one role: a
+// connection, and the deliveries with their stays. It goes
+//
+//	MAIL, RCPT …    by the transaction's goroutine: add, answers
+//	DATA, the body  by a goroutine of its own: deliver
+//	the final dot
+//	replies
+//
+// and ends once, by that goroutine or because a switch has revoked the stays:
+// cut. Before the final dot it is cut at once, and the backend throws away what
+// has no end. After the dot the backend's replies are awaited for drain_timeout:
+// what it has answered has happened, what it has not leaves a residue.
+type lmtpLeg struct {
+	t       *transaction
+	backend *backendpool.Backend
+	role    string
+	epoch   uint64
+	log     *zap.Logger
+
+	ctx    context.Context // ends with the leg
+	cancel context.CancelFunc
+	reader *spool.Reader // of the body; set before deliver
+
+	// Of the goroutine that is at work.
+	unsent []byte // commands not yet written
+	mailed bool   // MAIL was accepted
+	reused bool   // conn has served another transaction
+
+	mu         sync.Mutex
+	phase      legPhase
+	conn       *lmtpConn // nil, or the leg has a right of Reuse with it
+	deliveries []*delivery
+	why        *reply // the leg has ended, or is to end early: what its recipients are told
+}
+
+// legPhase says what a leg has to do when it is cut.
+type legPhase int
+
+const (
+	legOpen    legPhase = iota // nothing is under way that could have an effect
+	legAsking                  // the backend works on a RCPT: it may create a mailbox
+	legPassing                 // the body is on its way: without the dot it counts for nothing
+	legDotted                  // the final dot may be there: the replies decide
+	legEnded
+)
+
+// delivery is one RCPT at a backend. Recipients that come to the same address
+// there share it.
+type delivery struct {
+	to     mailbox
+	params rcptParams
+	stay   *routing.Stay
+
+	// answer is the backend's reply to RCPT; its code is 0 before.
+	answer reply
+	// final is what the recipients are told after the final dot, once done is
+	// closed.
+	final reply
+	done  chan struct{}
+}
+
+// finish sets the last reply and ends the stay.
+func (d *delivery) finish(final reply, end routing.End) {
+	d.final = final
+	d.stay.Leave(end)
+	close(d.done)
+}
+
+// isAccepted says whether the backend has said yes to RCPT.
+func (d *delivery) isAccepted() bool { return d.answer.code/100 == 2 }
+
+// What recipients are told when the backend does not say it. Never a 5xx: that
+// would bounce the message for a fault of ours.
+var (
+	replyMoved     = newReply(451, "4.3.2 Mailbox is being moved, try again later")
+	replyStopping  = newReply(451, "4.3.2 The service is shutting down, try again later")
+	replyNotThere  = newReply(451, "4.4.1 The mail server cannot be reached, try again later")
+	replyNoAnswer  = newReply(451, "4.4.2 The mail server does not answer, try again later")
+	replyLost      = newReply(451, "4.4.2 The connection to the mail server was lost, try again later")
+	replyOurFault  = newReply(451, "4.3.5 The mail system is not configured for this, try again later")
+	replyTryAgain  = newReply(451, "4.3.0 Temporary failure, try again later")
+	replyNotPassed = newReply(451, "4.3.0 The message was not passed on, try again later")
+)
+
+var errLegEnded = errors.New("the delivery was cut off")
+
+// newLeg makes a leg for the role and epoch of stay and watches the stay: those
+// of a leg are in one role and one epoch, so they are revoked together.
+func newLeg(ctx context.Context, t *transaction, backend *backendpool.Backend, stay *routing.Stay) *lmtpLeg {
+	g := &lmtpLeg{t: t, backend: backend, role: stay.Role, epoch: stay.Epoch,
+		log: t.log.With(zap.String("backend", stay.Backend), zap.String("role", stay.Role))}
+	g.ctx, g.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	t.running.Go(func() { g.watch(ctx, stay) })
+	return g
+}
+
+// watch cuts the leg when its stays are revoked or the frontend stops, and
+// returns when the leg has ended.
+func (g *lmtpLeg) watch(ctx context.Context, stay *routing.Stay) {
+	defer g.survive()
+	select {
+	case <-stay.Revoked():
+		g.cut(replyMoved, false)
+	case <-ctx.Done():
+		g.cut(replyStopping, false)
+	case <-g.ctx.Done():
+	}
+	<-g.ctx.Done()
+}
+
+// cut ends the leg as early as it can be: at once, or when the backend has
+// answered what it is at. Where spareDotted is set, a backend that may have the
+// whole message keeps its time to answer.
+func (g *lmtpLeg) cut(why reply, spareDotted bool) {
+	g.mu.Lock()
+	if g.phase == legEnded || g.why != nil || spareDotted && g.phase == legDotted {
+		g.mu.Unlock()
+		return
+	}
+	g.why = &why
+	waits := g.phase == legAsking || g.phase == legDotted
+	if waits {
+		g.conn.deadline(time.Now().Add(g.t.server.options.Limits.DrainTimeout))
+	}
+	g.mu.Unlock()
+	if !waits {
+		g.end(why, routing.End{Proven: true}, false)
+	}
+}
+
+// end ends the leg; only the first call counts. Whoever has no last reply yet
+// gets this one, and its stay this end. isClean: every reply has been read, so
+// that the connection may serve the next message (safety 33).
+func (g *lmtpLeg) end(final reply, end routing.End, isClean bool) {
+	g.mu.Lock()
+	if g.phase == legEnded {
+		g.mu.Unlock()
+		return
+	}
+	g.phase = legEnded
+	if g.why == nil {
+		g.why = &final
+	}
+	final = *g.why
+	conn, deliveries := g.conn, g.deliveries
+	g.mu.Unlock()
+
+	reuse := g.t.server.lmtp.reuse
+	switch {
+	case conn == nil:
+	case isClean && !conn.pipelined():
+		reuse.Put(g.backend.Name, conn)
+	default:
+		conn.abort()
+		reuse.Drop(g.backend.Name)
+	}
+	if g.reader != nil {
+		g.reader.Close()
+	}
+	for _, d := range deliveries {
+		select {
+		case <-d.done:
+		default:
+			if !end.Proven {
+				g.log.Warn("a delivery may still run on the backend", zap.String("user", d.stay.User), zap.String("why", end.Why))
+			}
+			d.finish(final, end)
+		}
+	}
+	g.cancel()
+}
+
+// enter begins a phase, in which nothing may take longer than timeout; where the
+// leg is being cut already, drain_timeout goes on. false: the leg has ended.
+func (g *lmtpLeg) enter(phase legPhase, timeout time.Duration) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.phase == legEnded || g.conn == nil {
+		return false
+	}
+	g.phase = phase
+	if g.why == nil {
+		g.conn.deadline(time.Now().Add(timeout))
+	}
+	return true
+}
+
+// add puts a delivery on the leg; its RCPT goes out with the next answers.
+// false: the leg has ended, and the stay is still the caller's.
+func (g *lmtpLeg) add(d *delivery) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.why != nil {
+		return false
+	}
+	g.deliveries = append(g.deliveries, d)
+	if !g.mailed && len(g.unsent) == 0 {
+		g.unsent = g.mail(g.unsent)
+	}
+	g.unsent = g.rcpt(g.unsent, d)
+	return true
+}
+
+// isOver is what recipients are told who come when the leg has ended, or is about
+// to; nil while it has not.
+func (g *lmtpLeg) isOver() *reply {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.why
+}
+
+// find is the delivery to that address that still stands.
+func (g *lmtpLeg) find(to mailbox) *delivery {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, d := range g.deliveries {
+		if d.to == to && (d.answer.code == 0 || d.isAccepted()) {
+			return d
+		}
+	}
+	return nil
+}
+
+// mail appends the MAIL command, rcpt a RCPT: from their parts, with what this
+// backend understands.
+func (g *lmtpLeg) mail(p []byte) []byte {
+	p = append(append(append(p, "MAIL FROM:<"...), g.t.sender.String()...), '>')
+	return append(g.t.params.write(p, g.conn.has), "\r\n"...)
+}
+
+func (g *lmtpLeg) rcpt(p []byte, d *delivery) []byte {
+	p = append(append(append(p, "RCPT TO:<"...), d.to.String()...), '>')
+	return append(d.params.write(p, g.conn.has), "\r\n"...)
+}
+
+// open gets a connection, an idle one if there is one. On an error the leg has
+// none, and is the caller's to end.
+func (g *lmtpLeg) open() error {
+	limits := g.t.server.options.Limits
+	waiting, enough := context.WithTimeout(g.ctx, limits.ConnectTimeout)
+	defer enough()
+	conn, reused, err := g.t.server.lmtp.reuse.Get(waiting, g.backend.Name)
+	if err != nil {
+		return err
+	}
+	if !reused {
+		return g.openFresh()
+	}
+	if err := g.take(conn, true); err == nil {
+		return nil
+	}
+	return g.replace()
+}
+
+// openFresh connects, with a right of Reuse that it gives back on an error.
+func (g *lmtpLeg) openFresh() error {
+	conn, err := g.t.server.openLMTP(g.ctx, g.backend)
+	if err != nil {
+		g.t.server.lmtp.reuse.Drop(g.backend.Name)
+		return err
+	}
+	return g.take(conn, false)
+}
+
+// take makes conn the leg's. Nothing has been said on it yet for this
+// transaction, so that an ended leg gives it back as it is.
+func (g *lmtpLeg) take(conn *lmtpConn, reused bool) error {
+	g.mu.Lock()
+	if g.phase == legEnded || g.why != nil {
+		g.mu.Unlock()
+		g.t.server.lmtp.reuse.Put(g.backend.Name, conn)
+		return errLegEnded
+	}
+	g.conn, g.reused = conn, reused
+	g.mu.Unlock()
+	conn.deadline(time.Now().Add(g.t.server.options.Limits.BackendLoginTimeout))
+	return conn.introduce(g.t.server, g.backend, g.t.origin())
+}
+
+// replace connects anew for a reused connection that turned out dead. The
+// others that are idle are as old.
+func (g *lmtpLeg) replace() error {
+	g.mu.Lock()
+	if g.phase == legEnded || g.conn == nil {
+		g.mu.Unlock()
+		return errLegEnded
+	}
+	dead := g.conn
+	g.conn = nil
+	g.mu.Unlock()
+	dead.abort()
+	g.t.server.lmtp.reuse.Fresh(g.backend.Name)
+	return g.openFresh()
+}
+
+// answers sends what is unsent and reads the backend's replies to it. A failure
+// ends the leg.
+func (g *lmtpLeg) answers() {
+	defer g.survive()
+	if len(g.unsent) == 0 || !g.enter(legAsking, g.t.server.options.Limits.BackendLoginTimeout) {
+		return
+	}
+	err := g.ask()
+	if err != nil {
+		g.log.Warn("lmtp: a backend failed before the message", zap.Error(err))
+		// A backend that ends before it has answered MAIL has not come to RCPT.
+		g.end(replyFor(err), routing.End{Proven: !g.mailed && isEnd(err), Why: "lmtp: no reply to RCPT"}, false)
+		return
+	}
+	g.mu.Lock()
+	why := g.why
+	if g.phase == legAsking {
+		g.phase = legOpen
+	}
+	g.mu.Unlock()
+	if why != nil {
+		g.end(*why, routing.End{Proven: true}, false)
+	}
+}
+
+// ask writes the unsent commands and reads a reply for each. All of them go out
+// in one write: RFC 2033 §4.2 demands PIPELINING of every LMTP server. A reused
+// connection that is dead before MAIL was answered is replaced: the backend has
+// seen nothing that counts.
+func (g *lmtpLeg) ask() error {
+	asksMail := !g.mailed
+	r, err := g.send(asksMail)
+	if asksMail && g.reused && (err != nil && isEnd(err) || r.code == 421) {
+		if err = g.replace(); err != nil {
+			return err
+		}
+		g.unsent = g.mail(g.unsent[:0])
+		for _, d := range g.unanswered() {
+			g.unsent = g.rcpt(g.unsent, d)
+		}
+		r, err = g.send(true)
+	}
+	g.unsent = g.unsent[:0]
+	if err != nil {
+		return err
+	}
+	if asksMail {
+		g.mailed = r.code/100 == 2
+	}
+	for _, d := range g.unanswered() {
+		answer := r // to MAIL: where it is refused, RCPT is out of sequence
+		next, err := readReply(g.conn.lineConn)
+		if err != nil {
+			return err
+		}
+		if g.mailed {
+			answer = next
+		}
+		if answer.code == 421 {
+			return failf(Unavailable, "RCPT", "the backend closes the connection: %s", answer)
+		}
+		g.answered(d, g.passable(answer))
+	}
+	return nil
+}
+
+// send writes the unsent commands and, if MAIL is among them, reads its reply.
+func (g *lmtpLeg) send(asksMail bool) (r reply, err error) {
+	if err := g.conn.write(g.unsent); err != nil || !asksMail {
+		return r, err
+	}
+	return readReply(g.conn.lineConn)
+}
+
+// isEnd says that the backend has closed the connection.
+func isEnd(err error) bool { return isGone(err) || errors.Is(err, errClientLeft) }
+
+// unanswered are the deliveries whose RCPT has no answer yet.
+func (g *lmtpLeg) unanswered() []*delivery {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for n, d := range g.deliveries {
+		if d.answer.code == 0 {
+			return g.deliveries[n:] // they are answered in order
+		}
+	}
+	return nil
+}
+
+// answered records the backend's answer to a RCPT. Who is refused has no
+// business there any more.
+func (g *lmtpLeg) answered(d *delivery, answer reply) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	d.answer = answer
+	if !d.isAccepted() && g.phase != legEnded {
+		d.finish(answer, routing.End{Proven: true})
+	}
+}
+
+// begin says whether the leg has somebody to deliver to, and readies it.
+func (g *lmtpLeg) begin(body *spool.Spool) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.phase == legEnded || g.why != nil {
+		return false
+	}
+	for _, d := range g.deliveries {
+		if d.isAccepted() {
+			g.phase = legPassing
+			g.reader = body.NewReader()
+			return true
+		}
+	}
+	return false
+}
+
+// release ends a leg that shall not deliver. Its connection forgets the
+// transaction and may serve another.
+func (g *lmtpLeg) release() {
+	if !g.enter(legOpen, quitTimeout) {
+		g.end(replyNotPassed, routing.End{Proven: true}, false)
+		return
+	}
+	isClean := true
+	if g.mailed {
+		r, err := ask(g.conn.lineConn, "RSET")
+		isClean = err == nil && r.code == 250
+	}
+	g.end(replyNotPassed, routing.End{Proven: true}, isClean)
+}
+
+// survive keeps a fault in one delivery from ending all: nothing is known of
+// what its backend does.
+func (g *lmtpLeg) survive() {
+	if fault := recover(); fault != nil {
+		g.log.Error("internal fault in a delivery", zap.Any("fault", fault), zap.Stack("stack"))
+		g.end(replyTryAgain, routing.End{Why: "internal fault"}, false)
+	}
+}
+
+// deliver passes the body on and collects the replies; then the leg has ended.
+func (g *lmtpLeg) deliver() {
+	defer g.survive()
+	isDotted, err := g.pass()
+	switch {
+	case err == nil:
+		err = g.collect()
+		if err != nil {
+			break
+		}
+		g.end(replyTryAgain, routing.End{Proven: true}, true)
+		return
+	case !isDotted:
+		g.log.Warn("lmtp: a backend failed during the message", zap.Error(err))
+		g.end(replyFor(err), routing.End{Proven: true}, false)
+		return
+	}
+	g.log.Warn("lmtp: a backend failed after the message", zap.Error(err))
+	g.end(replyFor(err), routing.End{Proven: g.backend.EOFProves && errors.Is(err, errClientLeft), Why: "lmtp: no reply after the final dot"}, false)
+}
+
+// pass sends DATA and the body. isDotted: the backend may have seen the end.
+func (g *lmtpLeg) pass() (isDotted bool, err error) {
+	limits := g.t.server.options.Limits
+	if !g.enter(legPassing, limits.BackendLoginTimeout) {
+		return false, errLegEnded
+	}
+	r, err := ask(g.conn.lineConn, "DATA")
+	if err != nil {
+		return false, err
+	}
+	if r.code != 354 {
+		return false, &refusal{g.passable(r)}
+	}
+	for {
+		p, last, err := g.reader.Next()
+		if errors.Is(err, io.EOF) {
+			return true, nil
+		}
+		if err != nil {
+			return isDotted, err
+		}
+		phase := legPassing
+		if last {
+			phase, isDotted = legDotted, true
+		}
+		if !g.enter(phase, limits.WriteTimeout) {
+			return false, errLegEnded
+		}
+		if err := g.conn.write(p); err != nil {
+			return isDotted, err
+		}
+	}
+}
+
+// refusal is a backend's reply that ends its part of the transaction.
+type refusal struct{ reply reply }
+
+func (r *refusal) Error() string { return "the backend refuses: " + r.reply.String() }
+
+// collect reads one reply for each RCPT that the backend has accepted, in their
+// order (RFC 2033 §4.2). Each ends a stay.
+func (g *lmtpLeg) collect() error {
+	if !g.enter(legDotted, g.t.server.lmtp.options.ReplyTimeout) {
+		return errLegEnded
+	}
+	for _, d := range g.deliveries {
+		if !d.isAccepted() {
+			continue
+		}
+		r, err := readReply(g.conn.lineConn)
+		if err != nil {
+			return err
+		}
+		d.finish(g.passable(r), routing.End{Proven: true})
+	}
+	return nil
+}
+
+// passable is what the MTA may be told of a backend's reply. Its verdicts on
+// the mailbox and the message are passed on in its own words; what it says of
+// our commands is our fault, and so temporary.
+func (g *lmtpLeg) passable(r reply) reply {
+	switch {
+	case r.code/100 == 2, r.code/100 == 4 && r.code != 421:
+		return r
+	case r.code == 421: // it closes its connection, we do not close ours
+		return reply{code: 451, lines: r.lines}
+	case r.code >= 550 && r.code <= 554:
+		return r
+	}
+	g.log.Error("lmtp: a backend does not take our commands", zap.Stringer("reply", r))
+	return replyOurFault
+}
+
+// replyFor is what recipients are told of a failure on the way to a backend.
+func replyFor(err error) reply {
+	var r *refusal
+	switch {
+	case errors.As(err, &r) && r.reply.code/100 != 2: // yes to DATA is no yes to the message
+		return r.reply
+	case reasonOf(err).alarms():
+		return replyOurFault
+	case errors.Is(err, os.ErrDeadlineExceeded) || reasonOf(err) == TimedOut:
+		return replyNoAnswer
+	}
+	return replyLost
+}
+
+// abort closes the connection at once and without a word: under TLS, close_notify
+// could wait for a backend that reads nothing.
+func (c *lmtpConn) abort() {
+	var conn net.Conn = c.conn
+	if secured, ok := conn.(*tls.Conn); ok {
+		conn = secured.NetConn()
+	}
+	_ = conn.Close()
+}
