@@ -164,6 +164,7 @@ func (t *transaction) wait(ctx context.Context, user string) (*routing.Stay, err
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var since time.Time
+	var over *time.Timer
 	options := []routing.EnterOption{routing.OnPark(func(role string) {
 		// Nothing may be under way while we wait: a leg whose backend is at
 		// a RCPT could not be cut.
@@ -171,14 +172,15 @@ func (t *transaction) wait(ctx context.Context, user string) (*routing.Stay, err
 		t.s.do("waiting for role " + role)
 		if since.IsZero() {
 			since = time.Now()
-			time.AfterFunc(t.holdLeft, func() { cancel(errHoldOver) })
+			over = time.AfterFunc(t.holdLeft, func() { cancel(errHoldOver) })
 		}
 	})}
 	if t.holdLeft <= 0 {
 		options = append(options, routing.NoWait())
 	}
 	stay, err := t.server.options.Table.Enter(ctx, user, options...)
-	if !since.IsZero() {
+	if over != nil {
+		over.Stop()
 		t.holdLeft -= time.Since(since)
 	}
 	if err != nil && errors.Is(context.Cause(ctx), errHoldOver) {

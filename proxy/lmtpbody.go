@@ -188,15 +188,8 @@ func (f *bodyFilter) plainLines(p []byte) (n int) {
 	if !f.inBody || f.column > 0 || f.cr || f.bad != nil {
 		return 0
 	}
-	most := len(p)
-	if f.maxSize > 0 {
-		most = int(min(int64(most), f.maxSize-f.received))
-	}
-	for n < most && p[n] != '.' {
-		line := p[n:most]
-		if len(line) > f.maxLine {
-			line = line[:f.maxLine]
-		}
+	for n < len(p) && p[n] != '.' {
+		line := p[n:min(len(p), n+f.maxLine)]
 		end := bytes.IndexByte(line, '\n')
 		if end < 1 || bytes.IndexByte(line[:end], '\r') != end-1 {
 			break

@@ -122,6 +122,7 @@ var bodies = []struct {
 	{".LF first", ".\nMAIL FROM:<b@c>\r\n", "\r\nMAIL FROM:<b@c>\r\n", errBareNewline},
 	{"LF first", "\n.\r\nMAIL FROM:<b@c>\r\n", "\r\n.\r\nMAIL FROM:<b@c>\r\n", errBareNewline},
 	{"CRs only", "\r\n\r\r\r\r\n", "\r\n   \r\n", errBareNewline},
+	{"CRLFCR", "\r\n\rb\r\n", "\r\n b\r\n", errBareNewline},
 	{"LFCR", "\r\na\n\r.\n\rb\r\n", "\r\na\r\n .\r\n b\r\n", errBareNewline},
 
 	{"folded", "\r\n" + strings.Repeat("x", testLine) + ".\r\n", "\r\n" + strings.Repeat("x", testLine) + "\r\n .\r\n", errLongLine},
@@ -141,6 +142,8 @@ var bodies = []struct {
 		"\r\n" + strings.Repeat("x", testLine-1) + "\xe9\r\n", nil},
 	{"folded where UTF-8 is broken", "\r\n" + strings.Repeat("\x80", testLine+1) + "\r\n",
 		"\r\n" + strings.Repeat("\x80", testLine) + "\r\n \x80\r\n", errLongLine},
+	{"folded before broken UTF-8", "\r\n" + strings.Repeat("x", testLine) + "\x80\r\n",
+		"\r\n" + strings.Repeat("x", testLine) + "\r\n \x80\r\n", errLongLine},
 	{"a bare CR beyond the limit", "\r\n" + strings.Repeat("x", testLine) + "\ry\r\n",
 		"\r\n" + strings.Repeat("x", testLine) + "\r\n  y\r\n", errBareNewline},
 }

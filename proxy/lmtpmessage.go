@@ -118,7 +118,10 @@ func (s *lmtpSession) bdat(arg string) error {
 			return err
 		}
 		s.reply(*why)
-		return s.c.strike()
+		if s.t == nil {
+			return s.c.strike()
+		}
+		return nil // an MTA may have sent all its chunks at once
 	}
 	if err := s.chunk(n); err != nil {
 		return err

@@ -71,6 +71,8 @@ func TestLMTPForwardPath(t *testing.T) {
 		{`TO:<"a@b"@example.org>`, "a@b", "example.org", `"a@b"@example.org`},
 		{`TO:<"a>b"@example.org>`, "a>b", "example.org", `"a>b"@example.org`},
 		{`TO:<"victim@x> ORCPT=rfc822;a"@y>`, "victim@x> ORCPT=rfc822;a", "y", `"victim@x> ORCPT=rfc822;a"@y`},
+		{"TO:<.a@docomo.example>", ".a", "docomo.example", `".a"@docomo.example`},
+		{"TO:<a..b@docomo.example>", "a..b", "docomo.example", `"a..b"@docomo.example`},
 		{`TO:<a..b.@docomo.example>`, "a..b.", "docomo.example", `"a..b."@docomo.example`},
 
 		{"TO:<alice@[192.0.2.1]>", "alice", "[192.0.2.1]", "alice@[192.0.2.1]"},
@@ -134,6 +136,7 @@ func TestLMTPBadForwardPath(t *testing.T) {
 		{"TO:<" + strings.Repeat("a", 256) + "@b>", "501 5.1.3"},
 		{"TO:<a@" + strings.Repeat("b", 256) + ">", "501 5.1.3"},
 		{"TO:<@" + strings.Repeat("c", 250) + ":" + strings.Repeat("a", 250) + "@" + strings.Repeat("b", 250) + ">", "501 5.1.3"},
+		{"TO:<." + strings.Repeat("a", 254) + "@" + strings.Repeat("b", 254) + ">", "501 5.1.3"}, // too long with its quotes
 		{"TO:<a@b>x", "501 5.5.4"},
 		{"TO:<a@b>NOTIFY=NEVER", "501 5.5.4"},
 		{"TO:<a@b> notify=NEVER Notify=NEVER", "501 5.5.4"},
@@ -232,6 +235,7 @@ func TestLMTPParameters(t *testing.T) {
 		{"RCPT TO:<a> ORCPT=rfc822;" + strings.Repeat("a", 500), "", "501 5.5.4"},
 		{`RCPT TO:<a> ORCPT=utf-8;a\x{0A}b`, "", "501 5.5.4"},
 		{`RCPT TO:<a> ORCPT=utf-8;a\x{D800}b`, "", "501 5.5.4"},
+		{`RCPT TO:<a> ORCPT=utf-8;a\x{0000041}b`, "", "501 5.5.4"},
 		{`RCPT TO:<a> ORCPT=utf-8;a\b`, "", "501 5.5.4"},
 		{`RCPT TO:<a> ORCPT=utf-8;a\x{41`, "", "501 5.5.4"},
 		{"RCPT TO:<a> ORCPT=utf-8;a+2Bb", "", "501 5.5.4"},

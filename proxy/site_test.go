@@ -74,7 +74,7 @@ func newSite(t *testing.T, protocol string, settings map[string]string) *site {
 		BackendLoginTimeout: limitOf(t, settings, "login", patience),
 		IdleTimeout:         limitOf(t, settings, "idle", patience),
 		DrainTimeout:        limitOf(t, settings, "drain", patience),
-		WriteTimeout:        patience, KeepAlive: time.Minute, MaxConnections: connections, MaxConnectionsPerIP: connections,
+		WriteTimeout:        limitOf(t, settings, "write", patience), KeepAlive: time.Minute, MaxConnections: connections, MaxConnectionsPerIP: connections,
 	}
 	var verifier auth.Verifier = &auth.Backend{}
 	if settings["auth"] == "file" {
@@ -88,7 +88,11 @@ func newSite(t *testing.T, protocol string, settings map[string]string) *site {
 		Logger: zap.New(core), Metrics: NewMetrics(prometheus.NewRegistry()),
 	})
 	if shared := settings["shared"]; shared != "" {
-		s.server.offers.learn(protocol, "a", strings.Split(shared, ","))
+		ofA, ofC, two := strings.Cut(shared, " / ")
+		s.server.offers.learn(protocol, "a", strings.Split(ofA, ","))
+		if two {
+			s.server.offers.learn(protocol, "c", strings.Split(ofC, ","))
+		}
 	}
 	for name, l := range s.backends {
 		go s.acceptBackends(name, l)
@@ -120,8 +124,12 @@ func lmtpListener(protocol string, settings map[string]string) *LMTPListener {
 }
 
 func lmtpOptions(t *testing.T, settings map[string]string) LMTPOptions {
+	recipients, err := strconv.Atoi(settings["recipients"])
+	if err != nil {
+		t.Fatal(err)
+	}
 	return LMTPOptions{
-		MaxSize: 1 << 20, MaxRecipients: 100, MaxHops: 5, MaxLine: 8000, MaxConnections: 4,
+		MaxSize: 1 << 20, MaxRecipients: recipients, MaxHops: 5, MaxLine: 8000, MaxConnections: 4,
 		IdleTimeout: patience, CommandTimeout: limitOf(t, settings, "command", patience), ReplyTimeout: limitOf(t, settings, "reply", patience),
 		Hold: limitOf(t, settings, "hold", patience), MaxLag: limitOf(t, settings, "lag", time.Second), SpoolDir: t.TempDir(),
 		Delimiter: "+", LocalDomains: []string{"example.org"}, Postmaster: "bob", Names: auth.Normalizer{Lowercase: true},
@@ -175,7 +183,7 @@ func (s *site) startTable(t *testing.T, settings map[string]string, pool *backen
 		roles["r2"] = routing.RoleConfig{Members: []string{"c", "d"}, Active: "c"}
 	}
 	table, err := routing.Start(t.Context(), routing.Options{
-		ID: routing.NewID("test"), Store: store, Directory: directory.Chain{file}, Local: dir, Backends: addresses,
+		ID: routing.NewID("test"), Store: store, Directory: directory.Chain{unsure{}, file}, Local: dir, Backends: addresses,
 		HoldWindow:   limitOf(t, settings, "window", patience),
 		SwitchBudget: limitOf(t, settings, "budget", patience),
 		Roles:        roles,
@@ -190,6 +198,16 @@ func (s *site) startTable(t *testing.T, settings map[string]string, pool *backen
 		}
 	})
 	return table
+}
+
+// unsure cannot tell whether the user "unsure" exists.
+type unsure struct{}
+
+func (unsure) Lookup(_ context.Context, name string) (routing.Entry, error) {
+	if strings.HasPrefix(name, "unsure") {
+		return routing.Entry{}, errors.New("the directory does not answer")
+	}
+	return routing.Entry{}, routing.ErrUnknownUser
 }
 
 func limitOf(t *testing.T, settings map[string]string, name string, otherwise time.Duration) time.Duration {
@@ -300,8 +318,14 @@ func (s *site) finish(t *testing.T, tr *transcript) {
 	if err := s.waitFor(func() bool { return s.server.sessions.count() == 0 && s.table.Counters().Inside == 0 }); err != nil {
 		t.Errorf("sessions or stays are left: %v\n%s", s.server.Sessions(), s.logged())
 	}
-	if err := s.server.Check(); err != nil {
+	if err := errors.Join(s.server.Check(), s.server.lmtp.reuse.Check()); err != nil {
 		t.Error(err)
+	}
+	for name := range s.accepted {
+		// What was idle while the frontend stopped is being closed.
+		if err := s.waitFor(func() bool { inUse, _ := s.server.lmtp.reuse.Counts(name); return inUse == 0 }); err != nil {
+			t.Errorf("connections to backend %s are in use by nobody\n%s", name, s.logged())
+		}
 	}
 	if strings.Contains(s.logged(), "wonder land") || strings.Contains(s.logged(), "d29uZGVyIGxhbmQ") {
 		t.Error("a password was logged") // G10

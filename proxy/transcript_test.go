@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -39,22 +40,28 @@ import (
 //	C! endless  a line of twice the limit          <! endless so does the backend
 //	kick        the administrator ends all sessions
 //	switch      role r1 is switched to backend b; it goes on in the background
+//	switch R B  the same for role R and backend B
 //	opened      the switch has ended well          aborted    it has not
+//	opened R    the same for role R's              doing TEXT a session's action contains TEXT
 //	log TEXT    a log line contains TEXT           residue N  the table knows N residues
-//	silent TEXT no log line contains TEXT
+//	silent TEXT no log line contains TEXT          shutdown   the frontend stops
 //
 // LMTP has several backends, a and b of role r1 (alice, bob, dave@example.org),
 // c and d of r2 (carol), each with listeners of its own: `>a: `, `<c~ `,
 // `<a! close`, `>c! accept` name them; a name stays with the last connection
 // accepted there. `<a! greet KEYWORDS` accepts one, greets it, and answers its
-// LHLO with those keywords. `C2: `, `S2: ` are a second client.
+// LHLO with those keywords, which commas part, `_` for a space. `<a! take` gets
+// DATA and our trace field; `>a! cut` sees its connection end, in whatever
+// manner, and no final dot before it; `<a! down` accepts no more connections.
+// `C2: `, `S2: ` are a second client.
 //
 // Settings come first: `listener: starttls|implicit` (default implicit, after
 // the handshake and the greeting of the client), `backend: off|starttls|
 // implicit`, `style: authzid|master-user|replay`, `done: logout|eof`,
 // `auth: file|backend`, `shared: TOKENS` announced by the actives,
 // `limits: NAME=DURATION`; for LMTP, whose `listener` may be off (the default),
-// `peer: trusted|stranger`, `bare: reject|normalize`, `lhlo: eaten|said`.
+// `peer: trusted|stranger`, `bare: reject|normalize`, `lhlo: eaten|said`,
+// `recipients: N`, and `shared: A / C` where the actives a and c differ.
 func TestTranscripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/*/*.txt")
 	if err != nil || len(files) == 0 {
@@ -109,13 +116,13 @@ type transcript struct {
 	backends  map[string]*peer // by name; "" is the last accepted
 	speaks    string           // its name
 	vars      map[string]string
-	switching chan error
+	switching map[string]chan error // by role
 }
 
 func play(t *testing.T, protocol, text string) {
 	settings := map[string]string{
 		"listener": "implicit", "backend": "off", "style": "authzid", "done": "logout", "auth": "file", "shared": "", "limits": "", "greeting": "eaten", "connections": "4",
-		"peer": "trusted", "bare": "", "lhlo": "eaten",
+		"peer": "trusted", "bare": "", "lhlo": "eaten", "recipients": "100",
 	}
 	if protocol == "lmtp" {
 		settings["listener"] = "off"
@@ -134,7 +141,8 @@ func play(t *testing.T, protocol, text string) {
 		settings[key] = strings.TrimSpace(value)
 	}
 	s := newSite(t, protocol, settings)
-	tr := &transcript{t: t, site: s, vars: make(map[string]string), clients: make(map[string]*peer), backends: make(map[string]*peer)}
+	tr := &transcript{t: t, site: s, vars: make(map[string]string), clients: make(map[string]*peer), backends: make(map[string]*peer),
+		switching: make(map[string]chan error)}
 	tr.client = newPeer("client", s.dial(t))
 	if settings["listener"] == "implicit" {
 		tr.handshake()
@@ -248,19 +256,18 @@ func (tr *transcript) step(line string) error {
 		tr.site.server.sessions.endAll(splice.Kicked)
 		return nil
 	case "switch":
-		tr.switching = make(chan error, 1)
-		go func() {
-			_, err := tr.site.table.Switch(context.Background(), routing.SwitchRequest{Role: "r1", To: "b", Who: "test"}, nil)
-			tr.switching <- err
-		}()
-		return tr.site.waitFor(func() bool { return tr.site.table.Snapshot().Roles["r1"].Phase != routing.PhaseOpen })
+		return tr.startSwitch(rest)
 	case "opened":
-		return <-tr.switching
+		return <-tr.switching[cmp.Or(rest, "r1")]
 	case "aborted":
-		if err := <-tr.switching; err == nil {
+		if err := <-tr.switching[cmp.Or(rest, "r1")]; err == nil {
 			return errors.New("the switch went through")
 		}
 		return nil
+	case "doing":
+		return tr.site.waitFor(func() bool {
+			return slices.ContainsFunc(tr.site.server.Sessions(), func(i SessionInfo) bool { return strings.Contains(i.Action, rest) })
+		})
 	case "log":
 		return tr.site.waitFor(func() bool { return strings.Contains(tr.site.logged(), rest) })
 	case "silent":
@@ -278,6 +285,47 @@ func (tr *transcript) step(line string) error {
 		return nil
 	}
 	return errors.New("no such step")
+}
+
+// startSwitch switches a role, r1 to b if none is named, and returns when the
+// role is held.
+func (tr *transcript) startSwitch(arg string) error {
+	role, to, _ := strings.Cut(cmp.Or(arg, "r1 b"), " ")
+	before, done := tr.site.table.Snapshot().Roles[role].Epoch, make(chan error, 1)
+	tr.switching[role] = done
+	go func() {
+		_, err := tr.site.table.Switch(context.Background(), routing.SwitchRequest{Role: role, To: to, Who: "test"}, nil)
+		done <- err
+	}()
+	return tr.site.waitFor(func() bool { return tr.site.table.Snapshot().Roles[role].Epoch != before })
+}
+
+// take gets DATA at an LMTP backend, and the trace field.
+func (tr *transcript) take() error {
+	if err := tr.expect(tr.backend, "DATA"); err != nil {
+		return err
+	}
+	if err := send(tr.backend, "354 go ahead\r\n"); err != nil {
+		return err
+	}
+	for _, line := range []string{"Received: from ...", "\tby mail.example.org with ...;", "\t..."} {
+		if err := tr.expect(tr.backend, line); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cut expects that a backend's connection ends without the final dot.
+func cut(p *peer) error {
+	rest, err := io.ReadAll(p.r)
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("it does not end; %q came", rest)
+	case strings.HasSuffix("\r\n"+string(rest), "\r\n.\r\n"):
+		return fmt.Errorf("%q came before the end", rest)
+	}
+	return nil
 }
 
 // greet accepts a connection to an LMTP backend and answers until its LHLO.
@@ -327,6 +375,12 @@ func (tr *transcript) act(line string) (err error) {
 			err = errors.New("the backend was connected to")
 		default:
 		}
+	case "<! take":
+		err = tr.take()
+	case "<! down":
+		err = tr.site.backends[tr.speaks].Close()
+	case ">! cut":
+		err = cut(tr.backend)
 	case "<! close":
 		err = tr.backend.conn.Close()
 	case "<! reset":
