@@ -297,6 +297,7 @@ func (t *transaction) finish(verdict *reply) {
 		t.outcome(r, final)
 		t.s.reply(final)
 	}
+	_ = t.s.flush() // before the next message is waited for; what fails shows when it is read
 	result := "complete"
 	if delivered < len(t.recipients) {
 		result = "incomplete"

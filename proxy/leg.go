@@ -2,10 +2,8 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"io"
-	"net"
 	"os"
 	"sync"
 	"time"
@@ -265,10 +263,15 @@ func (g *lmtpLeg) open() error {
 	if !reused {
 		return g.openFresh()
 	}
-	if err := g.take(conn, true); err == nil {
-		return nil
+	if conn.stirs() {
+		conn.abort()
+		g.t.server.lmtp.reuse.Fresh(g.backend.Name)
+		return g.openFresh()
 	}
-	return g.replace()
+	if err = g.take(conn, true); err != nil {
+		return g.replace(err)
+	}
+	return nil
 }
 
 // openFresh connects, with a right of Reuse that it gives back on an error.
@@ -296,19 +299,23 @@ func (g *lmtpLeg) take(conn *lmtpConn, reused bool) error {
 	return conn.introduce(g.t.server, g.backend, g.t.origin())
 }
 
-// replace connects anew for a reused connection that turned out dead. The
-// others that are idle are as old.
-func (g *lmtpLeg) replace() error {
+// replace connects anew for a reused connection that is of no use. If it turned
+// out dead, so will the others that are idle.
+func (g *lmtpLeg) replace(why error) error {
 	g.mu.Lock()
 	if g.phase == legEnded || g.conn == nil {
 		g.mu.Unlock()
 		return errLegEnded
 	}
-	dead := g.conn
+	old := g.conn
 	g.conn = nil
 	g.mu.Unlock()
-	dead.abort()
-	g.t.server.lmtp.reuse.Fresh(g.backend.Name)
+	if errors.Is(why, errToldMore) {
+		_ = old.Close()
+	} else {
+		old.abort()
+		g.t.server.lmtp.reuse.Fresh(g.backend.Name)
+	}
 	return g.openFresh()
 }
 
@@ -345,7 +352,7 @@ func (g *lmtpLeg) ask() error {
 	asksMail := !g.mailed
 	r, err := g.send(asksMail)
 	if asksMail && g.reused && (err != nil && isEnd(err) || r.code == 421) {
-		if err = g.replace(); err != nil {
+		if err = g.replace(err); err != nil {
 			return err
 		}
 		g.unsent = g.mail(g.unsent[:0])
@@ -560,14 +567,4 @@ func replyFor(err error) reply {
 		return replyNoAnswer
 	}
 	return replyLost
-}
-
-// abort closes the connection at once and without a word: under TLS, close_notify
-// could wait for a backend that reads nothing.
-func (c *lmtpConn) abort() {
-	var conn net.Conn = c.conn
-	if secured, ok := conn.(*tls.Conn); ok {
-		conn = secured.NetConn()
-	}
-	_ = conn.Close()
 }

@@ -2,12 +2,16 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/base64"
-	"strconv"
+	"errors"
+	"net"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/posthouse/posthouse/backendpool"
 )
@@ -100,6 +104,10 @@ func (s *Server) openLMTP(ctx context.Context, backend *backendpool.Backend) (*l
 	return conn, nil
 }
 
+// errToldMore: an earlier XCLIENT has told something that this one would leave
+// standing. Dovecot overwrites only what is named.
+var errToldMore = errors.New("the connection speaks for somebody else")
+
 // introduce tells the backend for whom we ask, if it offers to believe it and
 // has not heard it yet. XCLIENT begins the session anew, with a greeting and
 // another LHLO. A backend that refuses is not asked again.
@@ -109,8 +117,14 @@ func (c *lmtpConn) introduce(s *Server, backend *backendpool.Backend, who client
 		return nil
 	}
 	command := who.xclient(strings.Fields(offered))
-	if command == "" || command == c.told {
+	if command == c.told {
 		return nil
+	}
+	for attribute := range strings.FieldsSeq(c.told) {
+		name, _, _ := strings.Cut(attribute, "=")
+		if !strings.Contains(command, " "+name+"=") && name != "XCLIENT" {
+			return errToldMore
+		}
 	}
 	r, err := ask(c.lineConn, command)
 	if err != nil {
@@ -135,6 +149,36 @@ func (c *lmtpConn) has(keyword string) bool {
 	return ok
 }
 
+// socket is the connection below TLS.
+func (c *lmtpConn) socket() net.Conn {
+	if secured, ok := c.conn.(*tls.Conn); ok {
+		return secured.NetConn()
+	}
+	return c.conn
+}
+
+// stirs says whether something has come on a connection that should rest: its
+// end, or octets that no command has asked for.
+func (c *lmtpConn) stirs() bool {
+	conn, ok := c.socket().(syscall.Conn)
+	if !ok || c.pipelined() {
+		return true
+	}
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return true
+	}
+	var got error
+	err = raw.Control(func(fd uintptr) {
+		_, _, got = unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	})
+	return err != nil || !errors.Is(got, unix.EAGAIN)
+}
+
+// abort closes the connection at once and without a word: under TLS, close_notify
+// could wait for a backend that reads nothing.
+func (c *lmtpConn) abort() { _ = c.socket().Close() }
+
 // quitTimeout bounds the courtesies at the end of a connection.
 const quitTimeout = time.Second
 
@@ -152,11 +196,6 @@ func ask(b *lineConn, command string) (reply, error) {
 		return reply{}, err
 	}
 	return readReply(b)
-}
-
-// String is the reply for a log line.
-func (r reply) String() string {
-	return strconv.Itoa(r.code) + " " + strings.Join(r.lines, " / ")
 }
 
 const (

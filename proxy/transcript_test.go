@@ -53,7 +53,7 @@ import (
 // LHLO with those keywords, which commas part, `_` for a space. `<a! take` gets
 // DATA and our trace field; `>a! cut` sees its connection end, in whatever
 // manner, and no final dot before it; `<a! down` accepts no more connections.
-// `C2: `, `S2: ` are a second client.
+// `C2: `, `S2: ` are a second client, which comes with its first step.
 //
 // Settings come first: `listener: starttls|implicit` (default implicit, after
 // the handshake and the greeting of the client), `backend: off|starttls|
@@ -111,7 +111,8 @@ type transcript struct {
 	t         *testing.T
 	site      *site
 	client    *peer            // the one that speaks
-	clients   map[string]*peer // "" and "2"
+	clients   map[string]*peer // by name; "" is the first
+	eat       func()           // what the server says first
 	backend   *peer            // the one that speaks
 	backends  map[string]*peer // by name; "" is the last accepted
 	speaks    string           // its name
@@ -147,12 +148,15 @@ func play(t *testing.T, protocol, text string) {
 	if settings["listener"] == "implicit" {
 		tr.handshake()
 	}
-	if settings["greeting"] == "eaten" {
-		tr.eatGreeting(protocol)
+	tr.eat = func() {
+		if settings["greeting"] == "eaten" {
+			tr.eatGreeting(protocol)
+		}
+		if protocol == "lmtp" && settings["lhlo"] == "eaten" {
+			tr.eatHello()
+		}
 	}
-	if protocol == "lmtp" && settings["lhlo"] == "eaten" {
-		tr.eatHello()
-	}
+	tr.eat()
 	tr.clients[""] = tr.client
 	for n, line := range lines[first:] {
 		if line == "" || strings.HasPrefix(line, "#") {
@@ -212,6 +216,7 @@ func (tr *transcript) address(line string) string {
 	if tr.clients[m[2]] == nil {
 		tr.client = newPeer("client", tr.site.dial(tr.t))
 		tr.clients[m[2]] = tr.client
+		tr.eat()
 	}
 	tr.client = tr.clients[m[2]]
 	return line
