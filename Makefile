@@ -6,7 +6,7 @@
 SHELL := /bin/bash
 TOOL  := go tool -modfile=tools/go.mod
 
-.PHONY: build run deps vet lint unit integration test clean
+.PHONY: build run deps vet lint unit integration test bench clean
 
 build:
 	go build -o bin/posthouse ./cmd/posthouse
@@ -34,6 +34,13 @@ integration:
 
 test: deps vet lint
 	$(TOOL) gotestsum --format pkgname-and-test-fails --raw-command -- tools/testall unit integration
+
+# What LMTP costs beside Dovecot's proxy (docs/benchmarks.md), in ten minutes, on a
+# machine that does nothing else. TMPDIR: the mail goes to memory.
+bench: deps build
+	go vet -tags bench ./integration
+	POSTHOUSE_BUILT=$(CURDIR)/bin go test -tags bench -count=1 -timeout 60m -v -run '^TestBenchLMTP$$' \
+		-exec "$$([ "$$(id -u)" = 0 ] || echo sudo --preserve-env=POSTHOUSE_BUILT) env TMPDIR=/dev/shm" ./integration
 
 clean:
 	rm -rf bin

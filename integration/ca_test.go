@@ -67,7 +67,7 @@ func (ca *authority) issue(t testing.TB, dir, name, address string) (cert, key s
 	template := certificate(name)
 	template.DNSNames, template.IPAddresses = []string{name}, []net.IP{net.ParseIP(address)}
 	template.KeyUsage = x509.KeyUsageDigitalSignature
-	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+	template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} // an MTA has one
 	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, &private.PublicKey, ca.key)
 	must(t, err)
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)

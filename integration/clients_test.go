@@ -220,14 +220,14 @@ func cyrusTest(t testing.TB, d door, l login) *conversation {
 }
 
 // openssl starts `openssl s_client`, which checks the certificate.
-func openssl(t testing.TB, d door) *conversation {
+func openssl(t testing.TB, d door, args ...string) *conversation {
 	t.Helper()
 	argv := []string{"openssl", "s_client", "-quiet", "-connect", d.address, "-servername", d.name, "-CAfile", lab.ca.file,
 		"-verify_hostname", d.name, "-verify_return_error"}
 	if d.tls == "starttls" {
 		argv = append(argv, "-starttls", d.protocol)
 	}
-	return converse(t, argv...)
+	return converse(t, append(argv, args...)...)
 }
 
 func converse(t testing.TB, argv ...string) *conversation {

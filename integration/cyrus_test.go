@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -20,9 +21,10 @@ const (
 // cyrus is one Cyrus instance: master, services and what it forks.
 type cyrus struct {
 	*daemon
-	prefix string // of its syslog lines; also its host name: be1 is be1.test
-	host   string
-	conf   string // imapd.conf
+	prefix  string // of its syslog lines; also its host name: be1 is be1.test
+	host    string
+	conf    string // imapd.conf
+	primary bool   // has an LMTP service; a replica must not (lmtpd ignores readonly)
 }
 
 // cyrusPair is a primary and its replica. Both take logins and writes: Cyrus's
@@ -43,6 +45,7 @@ func newCyrusPair(t testing.TB, users ...string) *cyrusPair {
 	t.Helper()
 	ahost, bhost := nextHost(), nextHost()
 	p := &cyrusPair{a: newCyrus(t, ahost, bhost), b: newCyrus(t, bhost, ahost)}
+	p.a.primary = true
 	p.a.start(t)
 	p.b.start(t)
 	p.a.createUsers(t, users...)
@@ -68,7 +71,6 @@ func newCyrus(t testing.TB, host, peer string) *cyrus {
 	c := &cyrus{daemon: &daemon{name: prefix, dir: dir}, prefix: prefix, host: host, conf: filepath.Join(dir, "imapd.conf")}
 	expand := strings.NewReplacer("$D", dir, "$HOST", host, "$PEER", peer, "$NAME", prefix)
 	writeFile(t, c.conf, expand.Replace(imapdConf))
-	writeFile(t, filepath.Join(dir, "cyrus.conf"), expand.Replace(cyrusConf))
 	sasldb, err := os.ReadFile(passwords(t))
 	must(t, err)
 	must(t, os.WriteFile(filepath.Join(dir, "sasldb2"), sasldb, 0o600))
@@ -77,7 +79,8 @@ func newCyrus(t testing.TB, host, peer string) *cyrus {
 }
 
 // servername is the SASL realm too: the same on all instances, so one sasldb
-// serves all.
+// serves all. Without duplicatesuppression a message that is delivered twice is
+// there twice: a test must see that.
 const imapdConf = `
 servername: cyrus.test
 configdirectory: $D/conf
@@ -103,6 +106,8 @@ tls_server_cert: $D/cert.pem
 tls_server_key: $D/key.pem
 tls_versions: tls1_2 tls1_3
 sieve_allowreferrals: 0
+lmtp_downcase_rcpt: yes
+duplicatesuppression: no
 failedloginpause: 0s
 sync_log: 1
 sync_host: $PEER
@@ -113,6 +118,8 @@ sync_password: secret
 sync_repeat_interval: 1
 sync_reconnect_maxwait: 5
 `
+
+const lmtpService = `lmtp  cmd="lmtpd -C $D/imapd.conf -a" listen="$HOST:24" prefork=0`
 
 const cyrusConf = `
 START {
@@ -125,6 +132,7 @@ SERVICES {
   pop3s cmd="pop3d -C $D/imapd.conf -s" listen="$HOST:995" prefork=0
   sieve cmd="timsieved -C $D/imapd.conf" listen="$HOST:4190" prefork=0
   csync cmd="sync_server -C $D/imapd.conf" listen="$HOST:2005" prefork=0
+  $LMTP
 }
 DAEMON {
   idled cmd="idled -C $D/imapd.conf"
@@ -168,18 +176,64 @@ func (c *cyrus) service() service {
 }
 
 func (c *cyrus) imap() string     { return c.host + ":143" }
+func (c *cyrus) lmtp() string     { return c.host + ":24" }
 func (c *cyrus) certName() string { return c.prefix + ".test" }
 
-// start runs master in the foreground and stops it at the end of the test.
+// start runs master in the foreground and stops it at the end of the test. It
+// is the cyrus user from the beginning, with the one capability that binds the
+// standard ports: started by root it would give that up, and could not open the
+// LMTP service later.
 func (c *cyrus) start(t testing.TB) {
 	t.Helper()
-	argv := lab.syslog.command(cyrusBin+"master", "-D", "-C", c.conf, "-M", filepath.Join(c.dir, "cyrus.conf"),
+	c.writeServices(t)
+	argv := lab.syslog.command("setpriv", "--reuid=cyrus", "--regid=mail", "--init-groups",
+		"--inh-caps=+net_bind_service", "--ambient-caps=+net_bind_service", cyrusBin+"master", "-D", "-C", c.conf, "-M", filepath.Join(c.dir, "cyrus.conf"),
 		"-p", filepath.Join(c.dir, "master.pid"))
 	c.daemon = startDaemon(t, c.prefix, c.dir, argv...)
 	c.hangsAlone = true // master 3.6 does, where TERM comes within its first moments
 	t.Cleanup(func() { c.stop(t) })
 	c.listening(t, c.imap())
 	c.listening(t, c.host+":2005")
+	if c.primary {
+		c.listening(t, c.lmtp())
+	}
+}
+
+// writeServices writes cyrus.conf for the instance's part in the pair.
+func (c *cyrus) writeServices(t testing.TB) {
+	t.Helper()
+	lmtp := ""
+	if c.primary {
+		lmtp = lmtpService
+	}
+	expand := strings.NewReplacer("$D", c.dir, "$HOST", c.host)
+	writeFile(t, filepath.Join(c.dir, "cyrus.conf"), expand.Replace(strings.ReplaceAll(cyrusConf, "$LMTP", lmtp)))
+}
+
+// change makes b the primary and a its replica, as an operator does in an
+// orderly change: a takes no mail any more, b gets what it lacks, b takes mail
+// and replicates to a. It may be called again for the way back: a is then the
+// new primary.
+func (p *cyrusPair) change(t testing.TB) {
+	t.Helper()
+	old, next := p.a, p.b
+	if next.primary {
+		old, next = next, old
+	}
+	old.setPrimary(t, false)
+	old.stopSync(t)
+	old.flush(t)
+	next.setPrimary(t, true)
+	next.startSync(t)
+}
+
+// setPrimary opens or closes the LMTP service, without touching the others.
+func (c *cyrus) setPrimary(t testing.TB, primary bool) {
+	t.Helper()
+	c.primary = primary
+	c.writeServices(t)
+	must(t, c.cmd.Process.Signal(syscall.SIGHUP))
+	within(t, 5*time.Second, fmt.Sprintf("%s listens for LMTP: %t", c.prefix, primary), func() bool { return accepts(c.lmtp()) == primary })
 }
 
 // stop ends the instance and its sync_client, and waits until all are gone.

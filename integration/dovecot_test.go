@@ -12,7 +12,8 @@ import (
 )
 
 // dovecot is one Dovecot instance. Any user may log in with the password;
-// `proxy` is a master user.
+// `proxy` is a master user. A recipient is the user of that local part, in any
+// domain, as on the lab's Cyrus.
 type dovecot struct {
 	*daemon
 	host string
@@ -40,6 +41,7 @@ func newDovecot(t testing.TB) *dovecot {
 	t.Cleanup(func() { d.stop(t, 10*time.Second) })
 	d.listening(t, d.imap())
 	d.listening(t, d.host+":4190")
+	d.listening(t, d.lmtp())
 	return d
 }
 
@@ -66,6 +68,7 @@ func (d *dovecot) service() service {
 }
 
 func (d *dovecot) imap() string { return d.host + ":143" }
+func (d *dovecot) lmtp() string { return d.host + ":24" }
 
 // logText is its log so far.
 func (d *dovecot) logText() string {
@@ -86,7 +89,7 @@ base_dir = $D/run
 state_dir = $D/state
 log_path = $D/log
 listen = $HOST
-protocols = imap pop3 sieve
+protocols = imap pop3 sieve lmtp
 default_login_user = nobody
 default_internal_user = daemon
 default_internal_group = daemon
@@ -96,6 +99,7 @@ ssl_cert = <$D/cert.pem
 ssl_key = <$D/key.pem
 disable_plaintext_auth = no
 auth_mechanisms = plain login
+auth_username_format = %Ln
 auth_master_user_separator = *
 mail_max_userip_connections = 0
 auth_failure_delay = 0
@@ -118,6 +122,11 @@ mail_location = maildir:~/Maildir
 service anvil {
   unix_listener anvil-auth-penalty {
     mode = 0
+  }
+}
+service lmtp {
+  inet_listener lmtp {
+    port = 24
   }
 }
 service imap-login {

@@ -31,8 +31,9 @@ var lab struct {
 // requirements are the programs without which nothing here can run.
 var requirements = []string{
 	"/usr/lib/cyrus/bin/master", "/usr/lib/cyrus/bin/imapd", "/usr/lib/cyrus/bin/pop3d",
-	"/usr/lib/cyrus/bin/timsieved", "/usr/lib/cyrus/bin/sync_server", "/usr/lib/cyrus/bin/sync_client",
+	"/usr/lib/cyrus/bin/timsieved", "/usr/lib/cyrus/bin/lmtpd", "/usr/lib/cyrus/bin/sync_server", "/usr/lib/cyrus/bin/sync_client",
 	"/usr/lib/cyrus/bin/imtest", "/usr/lib/dovecot/imap", "/usr/lib/dovecot/pop3", "/usr/lib/dovecot/managesieve",
+	"/usr/lib/dovecot/lmtp", "/usr/lib/postfix/sbin/master", "postqueue", "postsuper", "swaks",
 	"/usr/bin/doveconf", "saslpasswd2", "setpriv", "unshare", "curl", "mbsync", "sieve-connect", "openssl",
 }
 

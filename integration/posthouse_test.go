@@ -36,6 +36,9 @@ type site struct {
 	active   string            // seeds an empty store
 	auth     string            // YAML; empty: a file with everybody's password
 	limits   string            // YAML; empty: the defaults
+	roles    map[string]string // further roles → YAML
+	doors    []string          // further listeners, YAML; $HOST and $DIR are the frontend's
+	more     []string          // further sections, YAML
 	fast     bool              // the binary without the race detector, for what measures memory
 }
 
@@ -44,11 +47,15 @@ type backend struct {
 	host, cert string
 	style      string // authzid, master-user, replay
 	done       string // eof, logout
+	lmtpTLS    string // of its LMTP service; empty: as the others
 }
 
-func (c *cyrus) backend() backend { return backend{c.host, c.certName(), "authzid", "eof"} }
+// backend: lmtpd -a knows no STARTTLS.
+func (c *cyrus) backend() backend {
+	return backend{c.host, c.certName(), "authzid", "eof", "off"}
+}
 func (d *dovecot) backend() backend {
-	return backend{d.host, d.cert, "master-user", "logout"}
+	return backend{d.host, d.cert, "master-user", "logout", ""}
 }
 
 // newSite describes an installation with one role, ma01, on a and b; a is
@@ -91,6 +98,9 @@ func (s *site) yaml(p *posthouse, dir string) string {
 		protocol, tls, _ := strings.Cut(door, "/")
 		fmt.Fprintf(&b, "  - {protocol: %s, address: %q, tls: %s}\n", protocol, p.service().at[door], tls)
 	}
+	for _, door := range s.doors {
+		fmt.Fprintf(&b, "  - %s\n", strings.NewReplacer("$HOST", p.host, "$DIR", dir).Replace(door))
+	}
 	fmt.Fprintf(&b, "tls:\n  certificates:\n    - {cert: %s/cert.pem, key: %s/key.pem}\n", dir, dir)
 	fmt.Fprintf(&b, "auth:\n  - %s\ndirectory:\n  - {type: file, path: %s}\nbackends:\n", auth, filepath.Join(s.dir, "users.map"))
 	for _, name := range slices.Sorted(maps.Keys(s.backends)) {
@@ -99,11 +109,21 @@ func (s *site) yaml(p *posthouse, dir string) string {
 		if be.style == "replay" {
 			login = "{style: replay}"
 		}
-		fmt.Fprintf(&b, "  %s: {imap: \"%s:143\", pop3: \"%s:110\", sieve: \"%s:4190\",\n"+
-			"      tls: {mode: starttls, ca: %s, server_name: %s},\n      login: %s, done: %s}\n",
-			name, be.host, be.host, be.host, lab.ca.file, be.cert, login, be.done)
+		lmtpTLS := ""
+		if be.lmtpTLS != "" {
+			lmtpTLS = ", lmtp_mode: " + be.lmtpTLS
+		}
+		fmt.Fprintf(&b, "  %s: {imap: \"%s:143\", pop3: \"%s:110\", sieve: \"%s:4190\", lmtp: \"%s:24\",\n"+
+			"      tls: {mode: starttls, ca: %s, server_name: %s%s},\n      login: %s, done: %s}\n",
+			name, be.host, be.host, be.host, be.host, lab.ca.file, be.cert, lmtpTLS, login, be.done)
 	}
 	fmt.Fprintf(&b, "roles:\n  ma01: {members: [%s], active: %s}\n", s.members, s.active)
+	for _, role := range slices.Sorted(maps.Keys(s.roles)) {
+		fmt.Fprintf(&b, "  %s: %s\n", role, s.roles[role])
+	}
+	for _, section := range s.more {
+		fmt.Fprintln(&b, section)
+	}
 	fmt.Fprintf(&b, "admin: {socket: %s, http: %q}\n", filepath.Join(dir, "admin.sock"), p.host+":9143")
 	if s.limits != "" {
 		fmt.Fprintf(&b, "limits: {%s}\n", s.limits)

@@ -13,7 +13,8 @@ import (
 // before a backend is asked.
 func deadSite(t testing.TB) *site {
 	t.Helper()
-	a, b := backend{nextHost(), "a.test", "authzid", "eof"}, backend{nextHost(), "b.test", "authzid", "eof"}
+	a := backend{host: nextHost(), cert: "a.test", style: "authzid", done: "eof"}
+	b := backend{host: nextHost(), cert: "b.test", style: "authzid", done: "eof"}
 	return newSite(t, a, b, "u0001")
 }
 
@@ -123,7 +124,9 @@ func TestSafety30OtherAddress(t *testing.T) {
 	s := deadSite(t)
 	first := startFrontend(t, s)
 	was := s.backends["a"]
-	s.backends["a"] = backend{nextHost(), was.cert, was.style, was.done}
+	moved := was
+	moved.host = nextHost()
+	s.backends["a"] = moved
 	second := newFrontend(t, s)
 	second.start(t)
 	said := second.refuses(t)

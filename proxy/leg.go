@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"sync"
@@ -74,13 +75,16 @@ type delivery struct {
 	// closed.
 	final reply
 	done  chan struct{}
+	once  sync.Once
 }
 
-// finish sets the last reply and ends the stay.
+// finish sets the last reply and ends the stay; only the first call counts.
 func (d *delivery) finish(final reply, end routing.End) {
-	d.final = final
-	d.stay.Leave(end)
-	close(d.done)
+	d.once.Do(func() {
+		d.final = final
+		d.stay.Leave(end)
+		close(d.done)
+	})
 }
 
 // isAccepted says whether the backend has said yes to RCPT.
@@ -99,7 +103,10 @@ var (
 	replyNotPassed = newReply(451, "4.3.0 The message was not passed on, try again later")
 )
 
-var errLegEnded = errors.New("the delivery was cut off")
+var (
+	errLegEnded  = errors.New("the delivery was cut off")
+	errUnreached = errors.New("no way to the backend")
+)
 
 // newLeg makes a leg for the role and epoch of stay and watches the stay: those
 // of a leg are in one role and one epoch, so they are revoked together.
@@ -134,15 +141,17 @@ func (g *lmtpLeg) cut(why reply, spareDotted bool) {
 		g.mu.Unlock()
 		return
 	}
-	g.why = &why
-	waits := g.phase == legAsking || g.phase == legDotted
-	if waits {
+	if g.conn != nil && (g.phase == legAsking || g.phase == legDotted) {
+		g.why = &why
 		g.conn.deadline(time.Now().Add(g.t.server.options.Limits.DrainTimeout))
+		g.mu.Unlock()
+		return
 	}
+	// In the same moment: nobody may send the dot any more. Without a
+	// connection while asking, one that was given up may have taken a RCPT.
+	last := g.endLocked(why, routing.End{Proven: g.phase != legAsking, Why: "lmtp: no reply to RCPT"}, false)
 	g.mu.Unlock()
-	if !waits {
-		g.end(why, routing.End{Proven: true}, false)
-	}
+	last()
 }
 
 // end ends the leg; only the first call counts. Whoever has no last reply yet
@@ -154,14 +163,26 @@ func (g *lmtpLeg) end(final reply, end routing.End, isClean bool) {
 		g.mu.Unlock()
 		return
 	}
+	last := g.endLocked(final, end, isClean)
+	g.mu.Unlock()
+	last()
+}
+
+// endLocked makes the leg an ended one. What it returns has to be called without
+// the lock, and does the rest.
+func (g *lmtpLeg) endLocked(final reply, end routing.End, isClean bool) (last func()) {
+	isAsking := g.phase == legAsking
 	g.phase = legEnded
 	if g.why == nil {
 		g.why = &final
 	}
 	final = *g.why
 	conn, deliveries := g.conn, g.deliveries
-	g.mu.Unlock()
+	return func() { g.part(conn, deliveries, isAsking, final, end, isClean) }
+}
 
+// part closes or gives back an ended leg's connection, then ends its stays.
+func (g *lmtpLeg) part(conn *lmtpConn, deliveries []*delivery, isAsking bool, final reply, end routing.End, isClean bool) {
 	reuse := g.t.server.lmtp.reuse
 	switch {
 	case conn == nil:
@@ -178,6 +199,10 @@ func (g *lmtpLeg) end(final reply, end routing.End, isClean bool) {
 		select {
 		case <-d.done:
 		default:
+			end := end
+			if isAsking && d.answer.code != 0 { // its RCPT is done
+				end = routing.End{Proven: true}
+			}
 			if !end.Proven {
 				g.log.Warn("a delivery may still run on the backend", zap.String("user", d.stay.User), zap.String("why", end.Why))
 			}
@@ -215,7 +240,19 @@ func (g *lmtpLeg) add(d *delivery) bool {
 		g.unsent = g.mail(g.unsent)
 	}
 	g.unsent = g.rcpt(g.unsent, d)
+	g.t.running.Go(func() { g.follow(d) })
 	return true
+}
+
+// follow cuts the leg when this delivery's stay is revoked: the one that watch
+// knows may have left before.
+func (g *lmtpLeg) follow(d *delivery) {
+	defer g.survive()
+	select {
+	case <-d.stay.Revoked():
+		g.cut(replyMoved, false)
+	case <-d.done:
+	}
 }
 
 // isOver is what recipients are told who come when the leg has ended, or is about
@@ -329,8 +366,7 @@ func (g *lmtpLeg) answers() {
 	err := g.ask()
 	if err != nil {
 		g.log.Warn("lmtp: a backend failed before the message", zap.Error(err))
-		// A backend that ends before it has answered MAIL has not come to RCPT.
-		g.end(replyFor(err), routing.End{Proven: !g.mailed && isEnd(err), Why: "lmtp: no reply to RCPT"}, false)
+		g.end(replyFor(err), routing.End{Proven: g.provesNoRCPT(err), Why: "lmtp: no reply to RCPT"}, false)
 		return
 	}
 	g.mu.Lock()
@@ -344,6 +380,14 @@ func (g *lmtpLeg) answers() {
 	}
 }
 
+// provesNoRCPT says that after this failure no RCPT runs at the backend: it has
+// answered, got none of them, or ended before it has answered MAIL.
+func (g *lmtpLeg) provesNoRCPT(err error) bool {
+	var r *refusal
+	return errors.As(err, &r) || errors.Is(err, errUnreached) || !g.mailed && isEnd(err) ||
+		g.backend.EOFProves && errors.Is(err, errClientLeft)
+}
+
 // ask writes the unsent commands and reads a reply for each. All of them go out
 // in one write: RFC 2033 §4.2 demands PIPELINING of every LMTP server. A reused
 // connection that is dead before MAIL was answered is replaced: the backend has
@@ -353,7 +397,7 @@ func (g *lmtpLeg) ask() error {
 	r, err := g.send(asksMail)
 	if asksMail && g.reused && (err != nil && isEnd(err) || r.code == 421) {
 		if err = g.replace(err); err != nil {
-			return err
+			return fmt.Errorf("%w: %w", errUnreached, err)
 		}
 		g.unsent = g.mail(g.unsent[:0])
 		for _, d := range g.unanswered() {
@@ -368,6 +412,9 @@ func (g *lmtpLeg) ask() error {
 	if asksMail {
 		g.mailed = r.code/100 == 2
 	}
+	if asksMail && r.code == 421 {
+		return &refusal{g.passable(r)}
+	}
 	for _, d := range g.unanswered() {
 		answer := r // to MAIL: where it is refused, RCPT is out of sequence
 		next, err := readReply(g.conn.lineConn)
@@ -377,8 +424,8 @@ func (g *lmtpLeg) ask() error {
 		if g.mailed {
 			answer = next
 		}
-		if answer.code == 421 {
-			return failf(Unavailable, "RCPT", "the backend closes the connection: %s", answer)
+		if answer.code == 421 { // it closes the connection
+			return &refusal{g.passable(answer)}
 		}
 		g.answered(d, g.passable(answer))
 	}
@@ -473,7 +520,9 @@ func (g *lmtpLeg) deliver() {
 		g.end(replyTryAgain, routing.End{Proven: true}, true)
 		return
 	case !isDotted:
-		g.log.Warn("lmtp: a backend failed during the message", zap.Error(err))
+		if g.isOver() == nil { // else it is we who have cut it
+			g.log.Warn("lmtp: a backend failed during the message", zap.Error(err))
+		}
 		g.end(replyFor(err), routing.End{Proven: true}, false)
 		return
 	}
@@ -501,6 +550,11 @@ func (g *lmtpLeg) pass() (isDotted bool, err error) {
 		}
 		if err != nil {
 			return isDotted, err
+		}
+		if last && !isDotted && g.conn.stirs() {
+			// Its end, or words that would be taken for its verdict on a
+			// message that it has not got.
+			return false, failf(Unavailable, "DATA", "the backend speaks or leaves before the end of the message")
 		}
 		phase := legPassing
 		if last {
@@ -563,6 +617,8 @@ func replyFor(err error) reply {
 		return r.reply
 	case reasonOf(err).alarms():
 		return replyOurFault
+	case errors.Is(err, errUnreached):
+		return replyNotThere
 	case errors.Is(err, os.ErrDeadlineExceeded) || reasonOf(err) == TimedOut:
 		return replyNoAnswer
 	}

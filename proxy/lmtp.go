@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -102,7 +103,8 @@ type lmtpSession struct {
 	trusted  bool
 
 	hello        string           // LHLO's argument; empty before
-	peer         clientAttributes // whom the MTA speaks for
+	peer         clientAttributes // whom the MTA speaks for: XCLIENT
+	forwarded    clientAttributes // whose message the next one is: XFORWARD
 	offered      announced        // in the last LHLO
 	size         int64            // of a message: what all active backends take
 	out          []byte           // replies on their way to the MTA
@@ -218,6 +220,9 @@ func (s *lmtpSession) reply(r reply) { s.out = r.append(s.out) }
 
 // flush writes the replies.
 func (s *lmtpSession) flush() error {
+	if s.c.dead { // half a reply may have gone out: nothing that follows would be in step
+		return &Error{Op: "write", Err: net.ErrClosed}
+	}
 	if len(s.out) == 0 {
 		return nil
 	}
@@ -259,8 +264,8 @@ func (s *lmtpSession) command(ctx context.Context, line []byte) error {
 		return s.bdat(arg)
 	case "MAIL", "RCPT", "DATA":
 		if why := s.notYet(verb); why != nil {
-			s.reply(*why)
-			return s.c.strike()
+			s.reply(*why) // no strike: it may come from one refusal and many pipelined commands
+			return nil
 		}
 		return s.mail(ctx, verb, arg)
 	default:
@@ -317,8 +322,11 @@ func (s *lmtpSession) mail(ctx context.Context, verb, arg string) error {
 	case "DATA":
 		return s.data(arg)
 	}
-	if fault != nil {
-		s.reply(replyTo(fault))
+	if fault == nil {
+		return nil
+	}
+	s.reply(replyTo(fault))
+	if fault.Code == 501 { // what is no syntax error is policy
 		return s.c.strike()
 	}
 	return nil
@@ -402,7 +410,7 @@ func (s *lmtpSession) startTLS() error {
 		return failf(Pipelined, "start TLS", "%d octets of plaintext followed the command", s.c.r.Buffered())
 	}
 	s.reset()
-	s.hello, s.peer = "", unknownPeer
+	s.hello, s.peer, s.forwarded = "", unknownPeer, unknownPeer
 	s.say(220, "2.0.0 Go ahead")
 	if err := s.flush(); err != nil {
 		return err
@@ -433,11 +441,12 @@ func (s *lmtpSession) introduce(verb, arg string) error {
 		s.reply(replyTo(fault))
 		return s.c.strike()
 	}
-	s.peer = s.peer.merge(who)
-	if verb == "XFORWARD" {
+	if verb == "XFORWARD" { // in several commands, for one transaction (Postfix, XFORWARD_README)
+		s.forwarded = s.forwarded.merge(who)
 		s.say(250, "2.0.0 OK")
 		return nil
 	}
+	s.peer = s.peer.merge(who)
 	s.hello = ""
 	s.say(220, s.server.options.Hostname+" LMTP ready")
 	return nil
@@ -449,7 +458,7 @@ const mostHops = 7
 // origin is whom backends are told that we ask for: without the port, which
 // tells nothing and would have to be told anew for every connection.
 func (s *lmtpSession) origin() clientAttributes {
-	who := clientAttributes{addr: s.from.client.Addr(), ttl: mostHops}.merge(s.peer)
+	who := clientAttributes{addr: s.from.client.Addr(), ttl: mostHops}.merge(s.peer).merge(s.forwarded)
 	if s.peer.ttl >= 0 {
 		who.ttl = s.peer.ttl - 1
 	}
@@ -460,7 +469,7 @@ func (s *lmtpSession) origin() clientAttributes {
 func (s *lmtpSession) reset() {
 	if s.t != nil {
 		s.t.abandon()
-		s.t, s.chunks = nil, nil
+		s.t, s.chunks, s.forwarded = nil, nil, unknownPeer
 	}
 }
 
@@ -489,7 +498,7 @@ func (l *LMTPListener) isTrusted(client netip.AddrPort) bool {
 func (s *Server) serveLMTP(ctx context.Context, l Listener, c *lineConn, listed *Session, from origin, log *zap.Logger) {
 	session := &lmtpSession{
 		server: s, listed: listed, listener: l, c: c, from: from, log: log,
-		trusted: l.LMTP.isTrusted(from.client), peer: unknownPeer,
+		trusted: l.LMTP.isTrusted(from.client), peer: unknownPeer, forwarded: unknownPeer,
 	}
 	defer session.survive()
 	session.run(ctx)

@@ -21,8 +21,9 @@ import (
 type lmtpConn struct {
 	*lineConn
 	keywords map[string]string // what the backend offers; the value is its parameters
-	// told is the last XCLIENT command that the backend has taken.
-	told string
+	// told is the last XCLIENT command that the backend has taken, and listens
+	// what it then offered to take.
+	told, listens string
 }
 
 // lmtpWords are what opens a conversation with a backend's LMTP service.
@@ -114,11 +115,14 @@ var errToldMore = errors.New("the connection speaks for somebody else")
 func (c *lmtpConn) introduce(s *Server, backend *backendpool.Backend, who clientAttributes) error {
 	offered, ok := c.keywords["XCLIENT"]
 	if !ok {
-		return nil
+		offered = c.listens // once, perhaps
 	}
 	command := who.xclient(strings.Fields(offered))
-	if command == c.told {
+	switch {
+	case command == c.told:
 		return nil
+	case !ok:
+		return errToldMore
 	}
 	for attribute := range strings.FieldsSeq(c.told) {
 		name, _, _ := strings.Cut(attribute, "=")
@@ -132,6 +136,9 @@ func (c *lmtpConn) introduce(s *Server, backend *backendpool.Backend, who client
 	}
 	if r.code != 220 {
 		s.log.Warn("a backend announces XCLIENT and refuses it", zap.String("backend", backend.Name), zap.Stringer("reply", r))
+		if c.told != "" {
+			return errToldMore
+		}
 		delete(c.keywords, "XCLIENT")
 		return nil
 	}
@@ -139,7 +146,7 @@ func (c *lmtpConn) introduce(s *Server, backend *backendpool.Backend, who client
 	if err != nil {
 		return err
 	}
-	c.told, c.keywords = command, keywords(announced)
+	c.told, c.listens, c.keywords = command, offered, keywords(announced)
 	return nil
 }
 

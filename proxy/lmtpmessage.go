@@ -54,7 +54,8 @@ func (s *lmtpSession) data(arg string) error {
 // finish ends the transaction after the complete message.
 func (s *lmtpSession) finish(f *bodyFilter) {
 	t := s.t
-	s.t, s.chunks = nil, nil
+	defer func() { s.t, s.chunks, s.forwarded = nil, nil, unknownPeer }()
+	s.c.strikes = 0
 	t.octets = f.octets()
 	s.server.metrics.lmtp.octets.Add(float64(t.octets))
 	if fault := f.fault(); fault != nil {
@@ -102,6 +103,7 @@ func (s *lmtpSession) bdat(arg string) error {
 		return failf(Malformed, "BDAT", "argument %q", clip([]byte(arg)))
 	}
 	why := s.notYet("BDAT")
+	wasFailed := s.chunks != nil && s.chunks.failed
 	if why == nil && s.chunks == nil {
 		if why = s.t.start(); why == nil {
 			s.chunks = &chunks{filter: s.newFilter()}
@@ -116,6 +118,11 @@ func (s *lmtpSession) bdat(arg string) error {
 	if why != nil {
 		if err := s.skip(n); err != nil {
 			return err
+		}
+		if last && s.t != nil && s.t.body != nil && !wasFailed {
+			s.t.finish(why) // it is the end of the message: each recipient has its reply
+			s.t, s.chunks, s.forwarded = nil, nil, unknownPeer
+			return nil
 		}
 		s.reply(*why)
 		if s.t == nil {

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -34,7 +35,7 @@ import (
 )
 
 // site is a server with a role r1 on backend a, replica b, both scripted: behind
-// one listener, or, for LMTP, behind one each, with a role r2 on c and d.
+// one listener, or, for LMTP, behind one each, with a role r2 on c and d, and r3 on e.
 type site struct {
 	server   *Server
 	table    *routing.Table
@@ -49,13 +50,13 @@ type site struct {
 	peers []*peer // all backends that were ever accepted
 }
 
-func newSite(t *testing.T, protocol string, settings map[string]string) *site {
+func newSite(t testing.TB, protocol string, settings map[string]string) *site {
 	t.Helper()
 	core, logs := observer.New(zapcore.DebugLevel)
 	s := &site{logs: logs, accepted: make(map[string]chan *peer), listener: listen(t), backends: make(map[string]net.Listener)}
 	names := []string{"a", "b"}
 	if protocol == "lmtp" {
-		names = []string{"a", "b", "c", "d"}
+		names = []string{"a", "b", "c", "d", "e"}
 	}
 	var list []*backendpool.Backend
 	for _, name := range names {
@@ -117,26 +118,30 @@ func lmtpListener(protocol string, settings map[string]string) *LMTPListener {
 		return nil
 	}
 	l := &LMTPListener{BareNewline: settings["bare"], StartTLS: settings["listener"] == "starttls", NeedsTLS: settings["listener"] == "starttls"}
+	if settings["certificates"] == "demanded" {
+		l.ClientCAs = testRoots
+	}
 	if settings["peer"] == "trusted" {
 		l.Trusted = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}
 	}
 	return l
 }
 
-func lmtpOptions(t *testing.T, settings map[string]string) LMTPOptions {
-	recipients, err := strconv.Atoi(settings["recipients"])
-	if err != nil {
+func lmtpOptions(t testing.TB, settings map[string]string) LMTPOptions {
+	recipients, err := strconv.Atoi(cmp.Or(settings["recipients"], "100"))
+	berths, bad := strconv.Atoi(cmp.Or(settings["berths"], "4"))
+	if err := errors.Join(err, bad); err != nil {
 		t.Fatal(err)
 	}
 	return LMTPOptions{
-		MaxSize: 1 << 20, MaxRecipients: recipients, MaxHops: 5, MaxLine: 8000, MaxConnections: 4,
+		MaxSize: 1 << 20, MaxRecipients: recipients, MaxHops: 5, MaxLine: 8000, MaxConnections: berths,
 		IdleTimeout: patience, CommandTimeout: limitOf(t, settings, "command", patience), ReplyTimeout: limitOf(t, settings, "reply", patience),
 		Hold: limitOf(t, settings, "hold", patience), MaxLag: limitOf(t, settings, "lag", time.Second), SpoolDir: t.TempDir(),
 		Delimiter: "+", LocalDomains: []string{"example.org"}, Postmaster: "bob", Names: auth.Normalizer{Lowercase: true},
 	}
 }
 
-func (s *site) backend(t *testing.T, name, protocol string, settings map[string]string) *backendpool.Backend {
+func (s *site) backend(t testing.TB, name, protocol string, settings map[string]string) *backendpool.Backend {
 	at := "" // where transcripts look for it
 	if protocol == "lmtp" {
 		at = name
@@ -155,7 +160,7 @@ func (s *site) backend(t *testing.T, name, protocol string, settings map[string]
 	return b
 }
 
-func (s *site) startTable(t *testing.T, settings map[string]string, pool *backendpool.Pool, log *zap.Logger) *routing.Table {
+func (s *site) startTable(t testing.TB, settings map[string]string, pool *backendpool.Pool, log *zap.Logger) *routing.Table {
 	t.Helper()
 	dir, err := statedir.Open(filepath.Join(t.TempDir(), "state"))
 	if err != nil {
@@ -166,7 +171,7 @@ func (s *site) startTable(t *testing.T, settings map[string]string, pool *backen
 		t.Fatal(err)
 	}
 	users := filepath.Join(t.TempDir(), "users.map")
-	if err := os.WriteFile(users, []byte("alice: r1\nbob: r1\ndave@example.org: r1\ncarol: r2\nteam@example.org -> alice\n"), 0o600); err != nil {
+	if err := os.WriteFile(users, []byte("alice: r1\nbob: r1\ndave@example.org: r1\ncarol: r2\nerin: r3\nteam@example.org -> alice\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	file, err := directory.NewFile(users, nil)
@@ -181,6 +186,7 @@ func (s *site) startTable(t *testing.T, settings map[string]string, pool *backen
 	roles := map[string]routing.RoleConfig{"r1": {Members: []string{"a", "b"}, Active: "a"}}
 	if addresses["c"] != nil {
 		roles["r2"] = routing.RoleConfig{Members: []string{"c", "d"}, Active: "c"}
+		roles["r3"] = routing.RoleConfig{Members: []string{"e"}, Active: "e"}
 	}
 	table, err := routing.Start(t.Context(), routing.Options{
 		ID: routing.NewID("test"), Store: store, Directory: directory.Chain{unsure{}, file}, Local: dir, Backends: addresses,
@@ -210,7 +216,7 @@ func (unsure) Lookup(_ context.Context, name string) (routing.Entry, error) {
 	return routing.Entry{}, routing.ErrUnknownUser
 }
 
-func limitOf(t *testing.T, settings map[string]string, name string, otherwise time.Duration) time.Duration {
+func limitOf(t testing.TB, settings map[string]string, name string, otherwise time.Duration) time.Duration {
 	t.Helper()
 	for field := range strings.FieldsSeq(settings["limits"]) {
 		key, value, _ := strings.Cut(field, "=")
@@ -226,7 +232,7 @@ func limitOf(t *testing.T, settings map[string]string, name string, otherwise ti
 	return otherwise
 }
 
-func fileVerifier(t *testing.T) auth.Verifier {
+func fileVerifier(t testing.TB) auth.Verifier {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "users.passwd")
 	if err := os.WriteFile(path, []byte("alice:{PLAIN}wonder land\nbob:{PLAIN}builder\nnobody:{PLAIN}nowhere\nmaster:{PLAIN}mistress\n"), 0o600); err != nil {
@@ -239,7 +245,7 @@ func fileVerifier(t *testing.T) auth.Verifier {
 	return f
 }
 
-func listen(t *testing.T) net.Listener {
+func listen(t testing.TB) net.Listener {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -248,7 +254,7 @@ func listen(t *testing.T) net.Listener {
 	return l
 }
 
-func (s *site) dial(t *testing.T) net.Conn {
+func (s *site) dial(t testing.TB) net.Conn {
 	t.Helper()
 	conn, err := net.Dial("tcp", s.listener.Addr().String())
 	if err != nil {
@@ -332,7 +338,7 @@ func (s *site) finish(t *testing.T, tr *transcript) {
 	}
 }
 
-func (s *site) end(t *testing.T) {
+func (s *site) end(t testing.TB) {
 	for _, l := range s.backends {
 		_ = l.Close()
 	}

@@ -47,7 +47,7 @@ import (
 //	silent TEXT no log line contains TEXT          shutdown   the frontend stops
 //
 // LMTP has several backends, a and b of role r1 (alice, bob, dave@example.org),
-// c and d of r2 (carol), each with listeners of its own: `>a: `, `<c~ `,
+// c and d of r2 (carol), e of r3 (erin), each with listeners of its own: `>a: `, `<c~ `,
 // `<a! close`, `>c! accept` name them; a name stays with the last connection
 // accepted there. `<a! greet KEYWORDS` accepts one, greets it, and answers its
 // LHLO with those keywords, which commas part, `_` for a space. `<a! take` gets
@@ -61,7 +61,8 @@ import (
 // `auth: file|backend`, `shared: TOKENS` announced by the actives,
 // `limits: NAME=DURATION`; for LMTP, whose `listener` may be off (the default),
 // `peer: trusted|stranger`, `bare: reject|normalize`, `lhlo: eaten|said`,
-// `recipients: N`, and `shared: A / C` where the actives a and c differ.
+// `recipients: N`, `berths: N` (connections to a backend), `certificates:
+// demanded`, and `shared: A / C` where the actives a and c differ.
 func TestTranscripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/*/*.txt")
 	if err != nil || len(files) == 0 {
@@ -120,14 +121,20 @@ type transcript struct {
 	switching map[string]chan error // by role
 }
 
-func play(t *testing.T, protocol, text string) {
+// defaultSettings are what a transcript that sets nothing gets.
+func defaultSettings(protocol string) map[string]string {
 	settings := map[string]string{
 		"listener": "implicit", "backend": "off", "style": "authzid", "done": "logout", "auth": "file", "shared": "", "limits": "", "greeting": "eaten", "connections": "4",
-		"peer": "trusted", "bare": "", "lhlo": "eaten", "recipients": "100",
+		"peer": "trusted", "bare": "", "lhlo": "eaten", "recipients": "100", "berths": "4", "certificates": "",
 	}
 	if protocol == "lmtp" {
 		settings["listener"] = "off"
 	}
+	return settings
+}
+
+func play(t *testing.T, protocol, text string) {
+	settings := defaultSettings(protocol)
 	lines := strings.Split(text, "\n")
 	first := 0
 	for ; first < len(lines); first++ {
@@ -142,8 +149,7 @@ func play(t *testing.T, protocol, text string) {
 		settings[key] = strings.TrimSpace(value)
 	}
 	s := newSite(t, protocol, settings)
-	tr := &transcript{t: t, site: s, vars: make(map[string]string), clients: make(map[string]*peer), backends: make(map[string]*peer),
-		switching: make(map[string]chan error)}
+	tr := &transcript{t: t, site: s, vars: make(map[string]string), clients: make(map[string]*peer), backends: make(map[string]*peer)}
 	tr.client = newPeer("client", s.dial(t))
 	if settings["listener"] == "implicit" {
 		tr.handshake()
@@ -297,6 +303,9 @@ func (tr *transcript) step(line string) error {
 func (tr *transcript) startSwitch(arg string) error {
 	role, to, _ := strings.Cut(cmp.Or(arg, "r1 b"), " ")
 	before, done := tr.site.table.Snapshot().Roles[role].Epoch, make(chan error, 1)
+	if tr.switching == nil {
+		tr.switching = make(map[string]chan error)
+	}
 	tr.switching[role] = done
 	go func() {
 		_, err := tr.site.table.Switch(context.Background(), routing.SwitchRequest{Role: role, To: to, Who: "test"}, nil)
