@@ -317,7 +317,7 @@ func FuzzLMTPInput(f *testing.F) {
 	const begin = "LHLO x\r\nMAIL FROM:<t1@example.net>\r\nRCPT TO:<alice>\r\nRCPT TO:<carol+a>\r\nRCPT TO:<Alice>\r\nRCPT TO:<nobody>\r\n"
 	for _, rest := range []string{
 		"", "DATA\r\nhello\r\n.\r\nQUIT\r\n", "DATA\r\na\n.\nb\r.\rc\r\n.\r\r\n.\r\nNOOP\r\n", "DATA\r\nhalf",
-		"BDAT 4\r\na\r\nbBDAT 0 LAST\r\nRSET\r\n", "BDAT 3\r\na\nbBDAT 5 LAST\r\nQUIT\nNOOP\r\n", "BDAT x\r\nQUIT\r\n",
+		"BDAT 4\r\na\r\nbBDAT 0 LAST\r\nRSET\r\n", "BDAT 3\r\na\nbBDAT 5 LAST\r\nQUIT\nNOOP\r\n", "BDAT x\r\nQUIT\r\n", "BDAT 0 0\r\nQUIT\r\n",
 		"RSET\r\nDATA\r\nBDAT 6\r\nQUIT\r\nMAIL FROM:<> SIZE=1\r\nXCLIENT ADDR=IPV6:::1\r\n", "LHLO y\r\nSTARTTLS\r\nEHLO z\r\n",
 		"RCPT TO:<\"a\\\"> b\"@[IPv6:::1]>\r\nVRFY\r\n\r\n \r\nXFORWARD NAME=a+0D\r\n", strings.Repeat("x", mostCommand+10) + "\r\n",
 	} {
@@ -396,8 +396,8 @@ func checkReplies(t *testing.T, input, output []byte, whole bool) {
 		code, due := codes[0], 0
 		codes = codes[1:]
 		switch verb = upper(verb); {
-		case code == 221 || code == 421 || code == 500 && len(codes) == 0:
-			// an end, or a line too long: nothing to follow
+		case code == 221 || code == 421:
+			input = nil // the connection has ended
 		case verb == "MAIL" && code == 250, verb == "RSET", verb == "LHLO" && code == 250, verb == "XCLIENT" && code == 220:
 			accepted, refused = 0, false
 		case verb == "RCPT" && code == 250:
@@ -412,13 +412,14 @@ func checkReplies(t *testing.T, input, output []byte, whole bool) {
 			due, accepted = accepted, 0
 		case verb == "BDAT":
 			digits, last, _ := strings.Cut(strings.TrimLeft(arg, " "), " ")
-			n, err := strconv.Atoi(digits)
-			if err != nil || n < 0 { // the connection has ended
+			last = upper(strings.TrimLeft(last, " "))
+			n, err := strconv.ParseUint(digits, 10, 31)
+			if err != nil || last != "" && last != "LAST" { // the connection has ended
 				input = nil
 				break
 			}
-			input = input[min(n, len(input)):]
-			if strings.TrimLeft(last, " ") != "" && accepted > 0 && !refused {
+			input = input[min(int(n), len(input)):]
+			if last != "" && accepted > 0 && !refused {
 				due, accepted = accepted-1, 0 // the first has been taken
 			} else if code != 250 {
 				refused = accepted > 0
@@ -428,9 +429,6 @@ func checkReplies(t *testing.T, input, output []byte, whole bool) {
 			t.Fatalf("%q: %d replies are due, %d are there: %q", line, due, len(codes), output)
 		}
 		codes = codes[due:]
-		if code == 221 || code == 421 {
-			input = nil
-		}
 	}
 	// The last word is the server's, if it ends the connection.
 	if len(codes) > 1 || len(codes) == 1 && codes[0] != 421 && codes[0] != 500 && codes[0] != 501 {
