@@ -32,6 +32,7 @@ type transaction struct {
 	// recipients are the RCPTs that get a reply after the message, in their
 	// order; asked those whose own reply is still due.
 	recipients, asked []*recipient
+	rcpts             int // RCPTs so far, refused ones too
 
 	body    *spool.Spool // from the first octet on
 	octets  int64        // of the message, as the MTA counts them
@@ -62,7 +63,7 @@ func (t *transaction) origin() clientAttributes { return t.s.origin() }
 // rcpt finds a recipient's place. A reply that does not need the backend's comes
 // back at once; else the recipient is asked, and settle brings its reply.
 func (t *transaction) rcpt(ctx context.Context, to mailbox, params rcptParams) *reply {
-	if len(t.recipients)+len(t.asked) >= t.server.lmtp.options.MaxRecipients {
+	if t.rcpts++; t.rcpts > t.server.lmtp.options.MaxRecipients {
 		r := newReply(452, "4.5.3 Too many recipients")
 		return &r
 	}
@@ -108,10 +109,11 @@ func (t *transaction) refuse(to mailbox, r reply, err error) *reply {
 const mostAsked = 100
 
 // legFor is the transaction's leg for a stay, opened if it is the first. One that
-// is over stays so: a backend that is down is not tried for every recipient.
+// is over stays so, and a backend that is down is tried once, for whatever role:
+// the others' recipients have no time for more.
 func (t *transaction) legFor(ctx context.Context, stay *routing.Stay) (*lmtpLeg, error) {
 	for _, g := range t.legs {
-		if g.backend.Name == stay.Backend && g.role == stay.Role && g.epoch == stay.Epoch {
+		if g.backend.Name == stay.Backend && (g.isDown || g.role == stay.Role && g.epoch == stay.Epoch) {
 			return g, nil
 		}
 	}
@@ -129,9 +131,13 @@ func (t *transaction) legFor(ctx context.Context, stay *routing.Stay) (*lmtpLeg,
 		err = failf(Misconfigured, "find the backend", "backend %s is in the role table and not in this frontend's configuration", stay.Backend)
 	}
 	if err != nil {
+		g.isDown = true
 		final := replyNotThere
-		if reasonOf(err).alarms() {
+		switch {
+		case reasonOf(err).alarms():
 			final = replyOurFault
+		case errors.Is(err, errBusy):
+			final = replyBusy
 		}
 		g.log.Warn("lmtp: no way to the backend", zap.Error(err))
 		g.end(final, routing.End{Proven: true}, false)

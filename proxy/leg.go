@@ -43,6 +43,7 @@ type lmtpLeg struct {
 	unsent []byte // commands not yet written
 	mailed bool   // MAIL was accepted
 	reused bool   // conn has served another transaction
+	isDown bool   // there was no way to the backend
 
 	mu         sync.Mutex
 	phase      legPhase
@@ -95,6 +96,7 @@ func (d *delivery) isAccepted() bool { return d.answer.code/100 == 2 }
 var (
 	replyMoved     = newReply(451, "4.3.2 Mailbox is being moved, try again later")
 	replyStopping  = newReply(451, "4.3.2 The service is shutting down, try again later")
+	replyBusy      = newReply(451, "4.3.2 The mail server is busy, try again later")
 	replyNotThere  = newReply(451, "4.4.1 The mail server cannot be reached, try again later")
 	replyNoAnswer  = newReply(451, "4.4.2 The mail server does not answer, try again later")
 	replyLost      = newReply(451, "4.4.2 The connection to the mail server was lost, try again later")
@@ -106,6 +108,7 @@ var (
 var (
 	errLegEnded  = errors.New("the delivery was cut off")
 	errUnreached = errors.New("no way to the backend")
+	errBusy      = errors.New("no connection is free")
 )
 
 // newLeg makes a leg for the role and epoch of stay and watches the stay: those
@@ -148,8 +151,8 @@ func (g *lmtpLeg) cut(why reply, spareDotted bool) {
 		return
 	}
 	// In the same moment: nobody may send the dot any more. Without a
-	// connection while asking, one that was given up may have taken a RCPT.
-	last := g.endLocked(why, routing.End{Proven: g.phase != legAsking, Why: "lmtp: no reply to RCPT"}, false)
+	// connection while asking, ask has one replaced that took nothing.
+	last := g.endLocked(why, routing.End{Proven: true}, false)
 	g.mu.Unlock()
 	last()
 }
@@ -295,7 +298,7 @@ func (g *lmtpLeg) open() error {
 	defer enough()
 	conn, reused, err := g.t.server.lmtp.reuse.Get(waiting, g.backend.Name)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errBusy, err)
 	}
 	if !reused {
 		return g.openFresh()
@@ -381,22 +384,22 @@ func (g *lmtpLeg) answers() {
 }
 
 // provesNoRCPT says that after this failure no RCPT runs at the backend: it has
-// answered, got none of them, or ended before it has answered MAIL.
+// answered, or got none of them. That it ended before it had answered MAIL is
+// none: it may run both commands and answer both at once.
 func (g *lmtpLeg) provesNoRCPT(err error) bool {
 	var r *refusal
-	return errors.As(err, &r) || errors.Is(err, errUnreached) || !g.mailed && isEnd(err) ||
-		g.backend.EOFProves && errors.Is(err, errClientLeft)
+	return errors.As(err, &r) || errors.Is(err, errUnreached) || g.backend.EOFProves && errors.Is(err, errClientLeft)
 }
 
 // ask writes the unsent commands and reads a reply for each. All of them go out
 // in one write: RFC 2033 §4.2 demands PIPELINING of every LMTP server. A reused
-// connection that is dead before MAIL was answered is replaced: the backend has
-// seen nothing that counts.
+// connection on which the backend says that it leaves (an idle timeout that we
+// have just missed) is replaced: it has run nothing.
 func (g *lmtpLeg) ask() error {
 	asksMail := !g.mailed
 	r, err := g.send(asksMail)
-	if asksMail && g.reused && (err != nil && isEnd(err) || r.code == 421) {
-		if err = g.replace(err); err != nil {
+	if asksMail && g.reused && r.code == 421 {
+		if err = g.replace(nil); err != nil {
 			return fmt.Errorf("%w: %w", errUnreached, err)
 		}
 		g.unsent = g.mail(g.unsent[:0])
@@ -439,9 +442,6 @@ func (g *lmtpLeg) send(asksMail bool) (r reply, err error) {
 	}
 	return readReply(g.conn.lineConn)
 }
-
-// isEnd says that the backend has closed the connection.
-func isEnd(err error) bool { return isGone(err) || errors.Is(err, errClientLeft) }
 
 // unanswered are the deliveries whose RCPT has no answer yet.
 func (g *lmtpLeg) unanswered() []*delivery {
@@ -585,6 +585,9 @@ func (g *lmtpLeg) collect() error {
 			continue
 		}
 		r, err := readReply(g.conn.lineConn)
+		if err == nil && r.code/100 == 3 {
+			err = failf(Unavailable, "read the replies", "out of step: %s", r)
+		}
 		if err != nil {
 			return err
 		}

@@ -173,6 +173,16 @@ func (c *lineConn) deadline(t time.Time) {
 	_ = c.conn.SetDeadline(t) // fails only on a closed connection, which the next read reports
 }
 
+// await bounds all reads and writes from now on, for a wait that the end of the
+// connection's context ends too. Whoever ends the context then sets the read
+// deadline to the past; this sees to a context that had ended before.
+func (c *lineConn) await(t time.Time) {
+	c.deadline(t)
+	if c.ctx.Err() != nil {
+		_ = c.conn.SetReadDeadline(time.Unix(1, 0))
+	}
+}
+
 // ahead takes what was read ahead and not consumed. The lineConn must not be
 // read afterwards.
 func (c *lineConn) ahead() []byte {

@@ -3,7 +3,6 @@ package proxy
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"net"
@@ -205,13 +204,8 @@ func (s *lmtpSession) readCommand() ([]byte, error) {
 	return s.c.readLine(mostCommand)
 }
 
-// await bounds the MTA's silence, and the frontend's stop ends it.
-func (s *lmtpSession) await() {
-	s.c.deadline(time.Now().Add(s.server.lmtp.options.CommandTimeout))
-	if s.c.ctx.Err() != nil { // before the deadline; after it, see Server.serve
-		_ = s.c.conn.SetReadDeadline(time.Unix(1, 0))
-	}
-}
+// await bounds the MTA's silence.
+func (s *lmtpSession) await() { s.c.await(time.Now().Add(s.server.lmtp.options.CommandTimeout)) }
 
 // say puts a reply on its way; reply does so with one that exists.
 func (s *lmtpSession) say(code int, text ...string) { s.reply(newReply(code, text...)) }
@@ -520,15 +514,6 @@ func (s *lmtpSession) survive() {
 		s.t.running.Wait()
 	}
 	s.server.forget(s.listed)
-}
-
-// lmtpTLS is the configuration of an LMTP listener.
-func (s *Server) lmtpTLS(l *LMTPListener) *tls.Config {
-	c := s.inTurn(s.options.TLS)
-	if l.ClientCAs != nil {
-		c.ClientAuth, c.ClientCAs = tls.RequireAndVerifyClientCert, l.ClientCAs
-	}
-	return c
 }
 
 // fill returns octets of the body, waiting for at least one.

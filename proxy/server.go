@@ -84,8 +84,7 @@ type Server struct {
 	metrics   *Metrics
 	offers    *offers
 	protocols map[string]func() dialect
-	tls       map[string]*tls.Config // by protocol: ALPN differs
-	signing   chan struct{}          // slots, see signer
+	signing   chan struct{} // slots, see signer
 	lmtp      *lmtpTarget
 
 	sessions *sessions
@@ -108,15 +107,9 @@ func New(o Options) *Server {
 			"pop3":  func() dialect { return &pop3Dialect{} },
 			"sieve": func() dialect { return &sieveDialect{announce: o.Sieve} },
 		},
-		tls: make(map[string]*tls.Config),
 		lmtp: &lmtpTarget{
 			options: o.LMTP, reuse: backendpool.NewReuse[*lmtpConn](o.LMTP.MaxConnections, o.LMTP.IdleTimeout),
 		},
-	}
-	for protocol, id := range alpn {
-		c := s.inTurn(o.TLS)
-		c.NextProtos = []string{id}
-		s.tls[protocol] = c
 	}
 	s.offers = newOffers(s)
 	s.metrics.watch(s)
@@ -183,6 +176,7 @@ func (s *Server) Serve(ctx context.Context) {
 // accept takes connections until the listener closes. An error that will pass
 // (out of files) is waited out.
 func (s *Server) accept(ctx, loginContext context.Context, l Listener) {
+	config := s.tlsConfig(l)
 	for {
 		conn, err := l.Listener.Accept()
 		if err != nil {
@@ -200,15 +194,28 @@ func (s *Server) accept(ctx, loginContext context.Context, l Listener) {
 			keepAlive := s.options.Limits.KeepAlive
 			_ = t.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: keepAlive, Interval: keepAlive})
 		}
-		s.running.Go(func() { s.serve(loginContext, l, conn) })
+		s.running.Go(func() { s.serve(loginContext, l, config, conn) })
 	}
 }
 
+// tlsConfig is a listener's: one for all its connections, so that sessions are
+// resumed.
+func (s *Server) tlsConfig(l Listener) *tls.Config {
+	c := s.inTurn(s.options.TLS)
+	if id, ok := alpn[l.Protocol]; ok {
+		c.NextProtos = []string{id}
+	}
+	if l.LMTP != nil && l.LMTP.ClientCAs != nil {
+		c.ClientAuth, c.ClientCAs = tls.RequireAndVerifyClientCert, l.LMTP.ClientCAs
+	}
+	return c
+}
+
 // serve runs one connection's session until the client is gone or spliced.
-func (s *Server) serve(ctx context.Context, l Listener, conn net.Conn) {
-	size, config := readAhead, s.tls[l.Protocol]
+func (s *Server) serve(ctx context.Context, l Listener, config *tls.Config, conn net.Conn) {
+	size := readAhead
 	if l.LMTP != nil {
-		size, config = bodyAhead, s.lmtpTLS(l.LMTP)
+		size = bodyAhead
 	}
 	c := newLineConn(ctx, conn, size)
 	c.mostStrikes = s.options.Limits.BadCommands

@@ -52,7 +52,7 @@ func (s *session) run(ctx context.Context) {
 	var req request
 	for err == nil || s.answer(ctx, req, err) {
 		s.do("reading commands")
-		s.c.deadline(s.until)
+		s.c.await(s.until)
 		if req, err = s.d.next(s.c, s.offer()); err != nil {
 			continue
 		}
