@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -149,7 +150,11 @@ func (t *transaction) legFor(ctx context.Context, stay *routing.Stay) (*lmtpLeg,
 // directory knows, and the address that the backend gets.
 func (t *transaction) enter(ctx context.Context, to mailbox) (*routing.Stay, mailbox, error) {
 	t.s.do("looking up a recipient")
-	for _, c := range t.server.lmtp.candidates(to) {
+	candidates := t.server.lmtp.candidates(to)
+	if len(candidates) == 0 {
+		return nil, mailbox{}, fmt.Errorf("%w: no name that `usernames` allows, the directory was not asked", routing.ErrUnknownUser)
+	}
+	for _, c := range candidates {
 		stay, err := t.wait(ctx, c.user)
 		if errors.Is(err, routing.ErrUnknownUser) {
 			continue
@@ -255,7 +260,7 @@ func (t *transaction) start() *reply {
 			n++
 			t.running.Go(g.deliver)
 		} else {
-			g.release()
+			t.running.Go(g.release)
 		}
 	}
 	t.server.metrics.lmtp.width.Observe(float64(n))
@@ -328,7 +333,7 @@ func (t *transaction) abandon() {
 	t.settle()
 	if t.body == nil {
 		for _, g := range t.legs {
-			g.release()
+			t.running.Go(g.release)
 		}
 	} else {
 		t.drop()
@@ -400,6 +405,20 @@ func (l *lmtpTarget) candidates(to mailbox) []candidate {
 		try(l.options.CatchAll, "")
 	}
 	return list
+}
+
+// RecipientNames returns the names under which a delivery to address looks for its
+// user in the directory, the first first; none if it is no address.
+func (s *Server) RecipientNames(address string) []string {
+	to, _, fault := parseForward("TO:<" + address + ">")
+	if fault != nil {
+		return nil
+	}
+	var names []string
+	for _, c := range s.lmtp.candidates(to) {
+		names = append(names, c.user)
+	}
+	return names
 }
 
 func (l *lmtpTarget) isLocal(domain string) bool {

@@ -140,7 +140,7 @@ func (s *sessions) add(l *Session, ip netip.Addr) error {
 	if s.most > 0 && len(s.all) >= s.most {
 		return fmt.Errorf("limits.max_connections: %d connections are open", len(s.all))
 	}
-	if s.mostPerIP > 0 && s.perIP[ip] >= s.mostPerIP {
+	if s.mostPerIP > 0 && ip.IsValid() && s.perIP[ip] >= s.mostPerIP { // a unix socket has none
 		return fmt.Errorf("limits.max_connections_per_ip: %s has %d connections", ip, s.perIP[ip])
 	}
 	l.ip = ip

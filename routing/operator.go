@@ -201,6 +201,7 @@ type Explanation struct {
 	Residues      []Residue  `json:"residues,omitempty"` // the role's, in the store and here
 	Sessions      []StayInfo `json:"sessions,omitempty"` // the user's stays in this frontend
 	Error         string     `json:"error,omitempty"`    // what a login would fail with
+	Unknown       bool       `json:"unknown,omitempty"`  // the directory is sure that there is no such user
 }
 
 // StayInfo is one stay of an Explanation.
@@ -217,7 +218,7 @@ func (t *Table) Explain(ctx context.Context, user string) Explanation {
 	x := Explanation{Asked: user}
 	entry, err := t.opt.Directory.Lookup(ctx, user)
 	if err != nil {
-		x.Error = err.Error()
+		x.Error, x.Unknown = err.Error(), errors.Is(err, ErrUnknownUser)
 		return x
 	}
 	x.User, x.DirectoryRole, x.Role = entry.User, entry.Role, entry.Role

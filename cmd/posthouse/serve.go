@@ -137,7 +137,7 @@ func (i *instance) serveAdmin(ctx context.Context) (stop func(), err error) {
 		return nil, err
 	}
 	api := admin.NewServer(admin.NewHandler(admin.Source{
-		Table: i.table, Sessions: i.server.Sessions, Version: version, Normalize: normalizer(i.cfg).Normalize,
+		Table: i.table, Sessions: i.server.Sessions, Version: version, Names: i.names,
 	}))
 	stops := []func(){serveHTTP(api, socket, i.log)}
 	stop = func() {
@@ -156,6 +156,19 @@ func (i *instance) serveAdmin(ctx context.Context) (stop func(), err error) {
 	}
 	stops = append(stops, serveHTTP(admin.NewServer(admin.NewHealth(i.registry, i.ready)), l, i.log))
 	return stop, nil
+}
+
+// names are those that a login, else a delivery, looks for in the directory.
+func (i *instance) names(typed string) ([]string, error) {
+	recipient := i.server.RecipientNames(typed)
+	login, err := normalizer(i.cfg).Normalize(typed)
+	switch {
+	case err == nil:
+		return append([]string{login}, recipient...), nil
+	case len(recipient) > 0:
+		return recipient, nil
+	}
+	return nil, err
 }
 
 // ready is what /readyz says: of this frontend only. A held role or a dead

@@ -285,7 +285,7 @@ func (t *target) ended(cmd *cobra.Command, rec *routing.SwitchRecord, err error)
 func explainCommand() *cobra.Command {
 	var t target
 	c := &cobra.Command{
-		Use: "explain USER", Short: "Show every step of a user's lookup, without side effects", Args: cobra.ExactArgs(1),
+		Use: "explain USER|ADDRESS", Short: "Show every step of the lookup of a user or a recipient, without side effects", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, err := t.client()
 			if err != nil {

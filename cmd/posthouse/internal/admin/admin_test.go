@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -33,7 +34,7 @@ func must(t testing.TB, err error) {
 type everybody struct{}
 
 func (everybody) Lookup(_ context.Context, name string) (routing.Entry, error) {
-	if name == "nobody" {
+	if name == "nobody" || strings.Contains(name, "+") {
 		return routing.Entry{}, routing.ErrUnknownUser
 	}
 	return routing.Entry{User: name, Role: "r"}, nil
@@ -70,7 +71,11 @@ func start(t testing.TB, dir string, budget time.Duration) *frontend {
 	l, err := Listen(path, 0o600)
 	must(t, err)
 	sessions := func() []proxy.SessionInfo { return []proxy.SessionInfo{{ID: "S1", User: "u"}} }
-	s := NewServer(NewHandler(Source{Table: table, Sessions: sessions, Version: "9", Normalize: lower}))
+	s := NewServer(NewHandler(Source{Table: table, Sessions: sessions, Version: "9", Names: func(typed string) ([]string, error) {
+		name, err := lower(typed)
+		base, _, _ := strings.Cut(name, "+")
+		return slices.Compact([]string{name, base}), err
+	}}))
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	f := &frontend{table: table, client: NewClient(path)}
@@ -120,6 +125,16 @@ func TestReading(t *testing.T) {
 	must(t, err)
 	if x.Asked != "U & v" || x.User != "u & v" || x.Backend != "a" || x.Addresses["imap"] != "192.0.2.1:143" {
 		t.Errorf("explanation: %+v", x)
+	}
+	x, err = f.client.Explain(t.Context(), "nobody+u")
+	must(t, err)
+	if !x.Unknown || x.Asked != "nobody+u" {
+		t.Errorf("explanation of an unknown recipient: %+v", x)
+	}
+	x, err = f.client.Explain(t.Context(), "U+lists")
+	must(t, err)
+	if x.Unknown || x.Asked != "U+lists" || x.User != "u" || x.Backend != "a" {
+		t.Errorf("explanation of a recipient: %+v", x)
 	}
 	for _, name := range []string{"nobody", "u%v"} {
 		if x, err = f.client.Explain(t.Context(), name); err != nil || x.Asked != name || x.Error == "" {

@@ -25,9 +25,10 @@ type Source struct {
 	Table    *routing.Table
 	Sessions func() []proxy.SessionInfo
 	Version  string
-	// Normalize gives a login name its canonical spelling, as a login does
-	// before its lookup. Nil: names are looked up as they are asked.
-	Normalize func(name string) (string, error)
+	// Names returns the names under which the directory is asked for what an
+	// operator typed, a login name or the address of a recipient, the first
+	// first; at least one, or an error.
+	Names func(typed string) ([]string, error)
 }
 
 // Role is one role as the frontend that was asked sees it.

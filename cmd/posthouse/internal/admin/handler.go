@@ -90,15 +90,17 @@ func (h *handler) explain(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
 	defer cancel()
-	name := user
-	if h.Normalize != nil {
-		var err error
-		if name, err = h.Normalize(user); err != nil {
-			reply(w, Explanation{Explanation: routing.Explanation{Asked: user, Error: err.Error()}})
-			return
+	names, err := h.Names(user)
+	if err != nil {
+		reply(w, Explanation{Explanation: routing.Explanation{Asked: user, Error: err.Error()}})
+		return
+	}
+	var x routing.Explanation
+	for _, name := range names {
+		if x = h.Table.Explain(ctx, name); !x.Unknown {
+			break
 		}
 	}
-	x := h.Table.Explain(ctx, name)
 	x.Asked = user
 	reply(w, Explanation{x, h.Table.Snapshot().Backends[x.Backend]})
 }
