@@ -122,7 +122,7 @@ type driver struct {
 // election unnoticed does no harm: every step is a compare-and-swap.
 func (t *Table) drive(ctx context.Context) {
 	for ctx.Err() == nil {
-		release, err := t.opt.Store.Campaign(ctx)
+		office, resign, err := t.opt.Store.Campaign(ctx)
 		if err != nil {
 			if ctx.Err() == nil {
 				t.log.Error("campaigning to drive switches", zap.Error(err))
@@ -131,8 +131,12 @@ func (t *Table) drive(ctx context.Context) {
 			continue
 		}
 		d := &driver{t: t, roles: make(map[string]*driving), seen: make(map[string]time.Time)}
-		d.run(ctx)
-		release()
+		driving, stop := context.WithCancel(ctx)
+		stopWithOffice := context.AfterFunc(office, stop)
+		d.run(driving)
+		stopWithOffice()
+		stop()
+		resign()
 	}
 }
 

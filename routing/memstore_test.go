@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 )
 
 // memSite is a store in memory, shared by the memStores of several "processes".
@@ -32,9 +33,10 @@ func emptyState() *State {
 
 // memStore is one process's access.
 type memStore struct {
-	site    *memSite
-	isGone  bool
-	release func() // of a campaign that was won
+	site     *memSite
+	isGone   bool
+	deadline time.Time // what Deadline says
+	release  func()    // of a campaign that was won
 }
 
 func (m *memSite) open() *memStore { return &memStore{site: m} }
@@ -142,20 +144,38 @@ func (s *memStore) Gone(_ context.Context, ids []string) ([]string, error) {
 	return gone, s.site.broken
 }
 
-func (s *memStore) Campaign(ctx context.Context) (func(), error) {
+func (s *memStore) Alive(_ context.Context, ids []string) ([]string, error) {
+	s.site.mu.Lock()
+	defer s.site.mu.Unlock()
+	var alive []string
+	for _, id := range ids {
+		if owner := s.site.used[id]; owner != nil && !owner.isGone {
+			alive = append(alive, id)
+		}
+	}
+	return alive, s.site.broken
+}
+
+func (s *memStore) Deadline() time.Time { return s.deadline }
+
+func (s *memStore) Campaign(ctx context.Context) (context.Context, func(), error) {
 	if ctx.Err() != nil {
-		return nil, ctx.Err()
+		return nil, nil, ctx.Err()
 	}
 	select {
 	case s.site.driving <- struct{}{}:
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, nil, ctx.Err()
 	}
-	release := sync.OnceFunc(func() { <-s.site.driving })
+	office, end := context.WithCancel(context.Background())
+	release := sync.OnceFunc(func() {
+		end()
+		<-s.site.driving
+	})
 	s.site.mu.Lock()
 	defer s.site.mu.Unlock()
 	s.release = release
-	return release, nil
+	return office, release, nil
 }
 
 func (s *memStore) Close() error {

@@ -1,6 +1,9 @@
 package routing
 
-import "context"
+import (
+	"context"
+	"time"
+)
 
 // Store carries the State between frontends. It knows no rules: those are the
 // pure functions of switch.go, which callers pass to Update. storetest holds
@@ -32,10 +35,21 @@ type Store interface {
 	// merely does not answer is not gone.
 	Gone(ctx context.Context, ids []string) ([]string, error)
 
-	// Campaign blocks until this process is the only driver of switches, or
-	// ctx ends. The driver is no longer it once release is called or the
-	// process has ended.
-	Campaign(ctx context.Context) (release func(), err error)
+	// Alive returns those of ids that show life now. The others may merely be
+	// cut off from the store.
+	Alive(ctx context.Context, ids []string) ([]string, error)
+
+	// Deadline is until when Gone does not count this process's frontends as
+	// ended, however long they are silent, with a margin for clocks: the zero
+	// time if for ever. Who has a deadline must have nobody inside when it
+	// passes.
+	Deadline() time.Time
+
+	// Campaign blocks until this process is the driver of switches, or ctx
+	// ends. office ends when it is no longer: because resign was called, the
+	// store was closed, or the store cannot vouch for it any more. Whoever
+	// drives on for a moment does no harm, every step being a compare-and-swap.
+	Campaign(ctx context.Context) (office context.Context, resign func(), err error)
 
 	// Close ends this process's liveness and frees what the store holds.
 	Close() error

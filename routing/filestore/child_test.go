@@ -77,7 +77,7 @@ func beChild(verb, path, name string) error {
 		if err := s.Join(ctx, name); err != nil {
 			return err
 		}
-		if _, err := s.Campaign(ctx); err != nil {
+		if _, _, err := s.Campaign(ctx); err != nil {
 			return err
 		}
 		fmt.Println("ready")
@@ -93,7 +93,7 @@ func withHook(ctx context.Context, s *Store, path, name string) error {
 	if err := s.Join(ctx, name); err != nil {
 		return err
 	}
-	if _, err := s.Campaign(ctx); err != nil {
+	if _, _, err := s.Campaign(ctx); err != nil {
 		return err
 	}
 	hook := exec.Command(os.Args[0])

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/posthouse/posthouse/routing"
 	"github.com/posthouse/posthouse/routing/statedir"
@@ -204,10 +205,22 @@ func (s *Store) Update(ctx context.Context, change func(*routing.State) error) (
 
 // Campaign implements routing.Store. It notices within 0.1 s that the driver
 // has gone.
-func (s *Store) Campaign(ctx context.Context) (release func(), err error) {
+func (s *Store) Campaign(ctx context.Context) (office context.Context, resign func(), err error) {
 	l, err := s.lock(ctx, driverLock, statedir.Exclusive)
 	if err != nil {
-		return nil, fmt.Errorf("waiting to become the driver: %w", err)
+		return nil, nil, fmt.Errorf("waiting to become the driver: %w", err)
 	}
-	return s.keep(l)
+	release, err := s.keep(l)
+	if err != nil {
+		return nil, nil, err
+	}
+	office, end := context.WithCancel(s.closed)
+	return office, func() {
+		end()
+		release()
+	}, nil
 }
+
+// Deadline implements routing.Store: a lock is held for as long as its process
+// lives.
+func (s *Store) Deadline() time.Time { return time.Time{} }

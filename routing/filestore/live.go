@@ -107,12 +107,22 @@ func (s *Store) sweep(state *routing.State, joining string) error {
 // Gone implements routing.Store: the lock of one that has ended can be had. An
 // ID without a lock file proves nothing.
 func (s *Store) Gone(ctx context.Context, ids []string) ([]string, error) {
+	return s.probe(ctx, ids, false)
+}
+
+// Alive implements routing.Store: the lock is held.
+func (s *Store) Alive(ctx context.Context, ids []string) ([]string, error) {
+	return s.probe(ctx, ids, true)
+}
+
+// probe returns those of ids whose lock is held, or is not.
+func (s *Store) probe(ctx context.Context, ids []string, isHeld bool) ([]string, error) {
 	l, err := s.lock(ctx, tableLock, statedir.Shared)
 	if err != nil {
 		return nil, err
 	}
 	defer l.Unlock()
-	var gone []string
+	var found []string
 	for _, id := range ids {
 		if !validID.MatchString(id) {
 			continue
@@ -124,9 +134,9 @@ func (s *Store) Gone(ctx context.Context, ids []string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		if !held {
-			gone = append(gone, id)
+		if held == isHeld {
+			found = append(found, id)
 		}
 	}
-	return gone, nil
+	return found, nil
 }

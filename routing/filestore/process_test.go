@@ -122,7 +122,7 @@ func TestSafety12Liveness(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
-	if release, err := s.Campaign(ctx); err == nil {
+	if _, release, err := s.Campaign(ctx); err == nil {
 		release()
 		t.Error("a second driver beside a stopped one")
 	}
@@ -136,7 +136,7 @@ func TestSafety12Liveness(t *testing.T) {
 	// The driver's lock comes free although the hook runs.
 	ctx, cancel = context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	release, err := s.Campaign(ctx)
+	_, release, err := s.Campaign(ctx)
 	if err != nil {
 		t.Fatalf("a hook keeps the dead driver's lock: %v", err)
 	}

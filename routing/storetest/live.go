@@ -84,7 +84,7 @@ func goneAfterClose(t *testing.T, open func() routing.Store) {
 	deadline := time.After(patience)
 	again := time.NewTicker(20 * time.Millisecond)
 	defer again.Stop()
-	for {
+	for range again.C {
 		gone, err := b.Gone(within(t, patience), ids)
 		if err != nil {
 			t.Fatal(err)
@@ -93,19 +93,22 @@ func goneAfterClose(t *testing.T, open func() routing.Store) {
 			t.Fatal("one that lives is said to be gone")
 		}
 		if slices.Sort(gone); slices.Equal(gone, []string{"f1-aaaa", "f1-bbbb"}) {
-			return
+			break
 		}
 		select {
-		case <-again.C:
 		case <-deadline:
 			t.Fatalf("Gone = %v long after Close", gone)
+		default:
 		}
+	}
+	if alive, err := b.Alive(within(t, patience), append(ids, "f3-never")); err != nil || !slices.Equal(alive, []string{"f2-cccc"}) {
+		t.Errorf("Alive = %v, %v; want f2-cccc alone", alive, err)
 	}
 }
 
 func campaign(t *testing.T, s routing.Store, ctx context.Context) func() {
 	t.Helper()
-	release, err := s.Campaign(ctx)
+	_, release, err := s.Campaign(ctx)
 	if err != nil {
 		t.Fatalf("Campaign: %v", err)
 	}
@@ -116,7 +119,7 @@ func campaign(t *testing.T, s routing.Store, ctx context.Context) func() {
 func blocked(t *testing.T, stores ...routing.Store) {
 	t.Helper()
 	for _, s := range stores {
-		release, err := s.Campaign(within(t, 250*time.Millisecond))
+		_, release, err := s.Campaign(within(t, 250*time.Millisecond))
 		if err == nil {
 			release()
 			t.Error("two are the driver at once")
@@ -132,7 +135,7 @@ func campaignHandsOver(t *testing.T, open func() routing.Store) {
 	blocked(t, a, b)
 	next := make(chan func())
 	go func() {
-		r, err := b.Campaign(within(t, patience))
+		_, r, err := b.Campaign(within(t, patience))
 		if err != nil {
 			t.Errorf("Campaign: %v", err)
 			r = func() {}
@@ -159,7 +162,7 @@ func campaignContext(t *testing.T, open func() routing.Store) {
 	cancel()
 	blocked(t, b)
 	release()
-	if r, err := b.Campaign(ctx); err == nil {
+	if _, r, err := b.Campaign(ctx); err == nil {
 		r()
 		t.Error("an ended context made a driver")
 	}
@@ -167,9 +170,20 @@ func campaignContext(t *testing.T, open func() routing.Store) {
 
 func campaignClose(t *testing.T, open func() routing.Store) {
 	a, b := open(), open()
-	release := campaign(t, a, within(t, patience))
+	office, release, err := a.Campaign(within(t, patience))
+	if err != nil {
+		t.Fatalf("Campaign: %v", err)
+	}
+	if office.Err() != nil {
+		t.Error("the office ended before it began")
+	}
 	if err := a.Close(); err != nil {
 		t.Fatal(err)
+	}
+	select {
+	case <-office.Done():
+	case <-time.After(patience):
+		t.Error("the office outlives the store")
 	}
 	campaign(t, b, within(t, patience))()
 	release()
@@ -182,7 +196,7 @@ func campaignExclusive(t *testing.T, open func() routing.Store) {
 		s := open()
 		wg.Go(func() {
 			for range 3 {
-				release, err := s.Campaign(within(t, patience))
+				_, release, err := s.Campaign(within(t, patience))
 				if err != nil {
 					t.Errorf("Campaign: %v", err)
 					return
