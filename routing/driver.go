@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -16,61 +18,66 @@ const (
 	askSeldom = 5 * time.Second // otherwise
 )
 
-// hooks are the site's programs that a switch runs. The zero value has none.
-type hooks struct {
-	has func(Hook) bool
-	run func(ctx context.Context, h Hook, role string, row Row) error
-}
-
-func (h hooks) knows(hook Hook) bool { return hook != "" && h.has != nil && h.has(hook) }
-
 // driving is what a driver remembers of a switch that it has taken up.
 type driving struct {
 	number uint64
-	// since counts the budget on the driver's own monotonic clock, from when
-	// it saw the hold.
+	roles  []string
+	// since counts the budget on the driver's own monotonic clock.
 	since  time.Time
 	ran    Phase // the phase whose hook it has run to the end
 	undone Phase // the phase whose undo hook it has run to the end
+	proved bool  // the prove hook has run to the end
 	failed string
+
+	// A hook at work: which, in which phase of the row, and how to end it.
+	hook   Hook
+	in     Phase
+	cancel context.CancelFunc
+	// A hook that is to be tried again: not before, and since when.
+	notBefore, retrying time.Time
 }
 
-// move is the driver's next step with a role.
+// move is the driver's next step with a switch.
 type move int
 
 const (
 	moveWait    move = iota
 	moveAdvance      // to the next phase, at last OPEN
-	moveRun          // the hook of the phase
+	moveRun          // a hook on the way forward
 	moveAbort
 	moveUndo   // run the undo hook of what was begun last
 	moveUndone // write down that it is undone
 	moveReopen
 )
 
-// decide says what comes next for a role that is not open, and why. isOver
-// says that the budget is spent; agesOut, whether the residues in the way will
-// be old enough before that.
-func decide(s *State, role string, d driving, isOver, agesOut bool, has func(Hook) bool) (move, string) {
-	row := s.Roles[role]
-	if row.Switch == nil || row.Doubt != nil {
-		return moveWait, "in doubt"
+// decide says what comes next for roles that are switched together, and why.
+// isOver says that the budget is spent; agesOut, whether the residues in the way
+// will be old enough before that.
+func decide(s *State, d driving, isOver, agesOut bool) (move, string) {
+	row := s.Roles[d.roles[0]]
+	for _, role := range d.roles {
+		if s.Roles[role].Doubt != nil {
+			return moveWait, "role " + role + " is in doubt"
+		}
+	}
+	if row.Switch.Stuck != "" {
+		return moveWait, row.Switch.Stuck
 	}
 	if row.Phase == PhaseAbort {
-		return decideUndo(row, d, has)
+		return decideUndo(row, d)
 	}
-	missing, rest := s.missingAcks(role), residuesElsewhere(row, row.Switch.To)
-	opensNext := nextPhase(row.Phase, has) == PhaseOpen
+	missing, rest := obstacles(s, d.roles)
+	opensNext := row.Switch.next(row.Phase) == PhaseOpen
 	blocked := ""
 	switch {
 	case d.failed != "":
 		blocked = d.failed
 	case len(missing) > 0:
 		blocked = "no ack from frontend " + strings.Join(missing, ", ")
-	case len(rest) > 0 && opensNext:
-		blocked = "residue: " + residueText(role, rest)
+	case rest != "" && opensNext:
+		blocked = "residue: " + rest
 	}
-	canAbort := row.Active != "" && (!row.Switch.begun(PhasePromote) || has(HookUndoPromote))
+	canAbort := row.canAbort() == ""
 	hook, _ := hookOf(row.Phase)
 	switch {
 	case canAbort && d.failed != "":
@@ -80,7 +87,9 @@ func decide(s *State, role string, d driving, isOver, agesOut bool, has func(Hoo
 			blocked = "phase " + string(row.Phase) + " took too long"
 		}
 		return moveAbort, blocked
-	case hook != "" && has(hook) && d.ran != row.Phase:
+	case rest != "" && len(missing) == 0 && row.Phase == PhaseHold && row.Active != "" && row.Switch.has(HookProve) && !d.proved:
+		return moveRun, string(HookProve)
+	case row.Switch.has(hook) && d.ran != row.Phase:
 		return moveRun, string(hook)
 	case blocked == "" || row.Phase != PhaseHold && !opensNext:
 		return moveAdvance, ""
@@ -90,32 +99,41 @@ func decide(s *State, role string, d driving, isOver, agesOut bool, has func(Hoo
 	return moveWait, blocked
 }
 
-func decideUndo(row Row, d driving, has func(Hook) bool) (move, string) {
+// obstacles are what keeps roles from opening on another backend: the frontends
+// whose ack is missing, and in words the residues.
+func obstacles(s *State, roles []string) (missing []string, rest string) {
+	var texts []string
+	for _, role := range roles {
+		row := s.Roles[role]
+		missing = append(missing, s.missingAcks(role)...)
+		if residues := residuesElsewhere(row, row.Switch.To); len(residues) > 0 {
+			texts = append(texts, residueText(role, residues))
+		}
+	}
+	slices.Sort(missing)
+	return slices.Compact(missing), strings.Join(texts, "; ")
+}
+
+func decideUndo(row Row, d driving) (move, string) {
 	if len(row.Switch.Begun) == 0 {
 		return moveReopen, ""
 	}
 	last := row.Switch.Begun[len(row.Switch.Begun)-1]
-	if _, undo := hookOf(last); undo != "" && has(undo) && d.undone != last {
+	if _, undo := hookOf(last); row.Switch.has(undo) && d.undone != last {
 		return moveUndo, string(undo)
 	}
 	return moveUndone, string(last)
 }
 
-func (sw *Switch) begun(p Phase) bool {
-	for _, b := range sw.Begun {
-		if b == p {
-			return true
-		}
-	}
-	return false
-}
-
 // driver drives all switches while this process is the one that does.
 type driver struct {
-	t      *Table
-	roles  map[string]*driving
-	seen   map[string]time.Time // residues, by when this process saw them first
-	nextGC time.Time            // when to ask for gone frontends again
+	t        *Table
+	switches map[uint64]*driving
+	seen     map[string]time.Time // residues, by when this process saw them first
+	nextGC   time.Time            // when to ask for gone frontends again
+
+	running sync.WaitGroup
+	ended   chan hookEnd // of hooks, one for each at work
 }
 
 // drive campaigns, and drives when elected, until ctx ends. Losing the
@@ -130,17 +148,22 @@ func (t *Table) drive(ctx context.Context) {
 			}
 			continue
 		}
-		d := &driver{t: t, roles: make(map[string]*driving), seen: make(map[string]time.Time)}
 		driving, stop := context.WithCancel(ctx)
 		stopWithOffice := context.AfterFunc(office, stop)
-		d.run(driving)
+		newDriver(t).run(driving)
 		stopWithOffice()
 		stop()
 		resign()
 	}
 }
 
+func newDriver(t *Table) *driver {
+	return &driver{t: t, switches: make(map[uint64]*driving), seen: make(map[string]time.Time), ended: make(chan hookEnd)}
+}
+
+// run drives until ctx ends, and no hook of its own runs any more.
 func (d *driver) run(ctx context.Context) {
+	defer d.running.Wait()
 	for ctx.Err() == nil {
 		changed := d.t.Changed()
 		progressed, err := d.step(ctx)
@@ -156,6 +179,8 @@ func (d *driver) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-changed:
+		case end := <-d.ended:
+			d.hookEnded(ctx, end)
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -171,86 +196,103 @@ func (d *driver) step(ctx context.Context) (progressed bool, err error) {
 		return false, err
 	}
 	s := d.t.Snapshot()
-	for role := range d.roles {
-		if sw := s.Roles[role].Switch; sw == nil || sw.Number != d.roles[role].number {
-			delete(d.roles, role)
-		}
-	}
+	d.forget(s)
 	var errs []error
 	for _, role := range sortedKeys(s.Roles) {
 		row := s.Roles[role]
-		if row.Switch == nil || row.Doubt != nil {
+		roles := s.together(role)
+		if row.Switch == nil || len(roles) == 0 || roles[0] != role {
 			continue
 		}
-		p, err := d.stepRole(ctx, s, role, row)
+		p, err := d.stepSwitch(ctx, s, roles, row)
 		progressed = progressed || p
 		errs = append(errs, err)
 	}
 	return progressed, errors.Join(errs...)
 }
 
-func (d *driver) stepRole(ctx context.Context, s *State, role string, row Row) (bool, error) {
-	t := d.t
-	mine := d.roles[role]
-	if mine == nil {
-		mine = &driving{number: row.Switch.Number, since: time.Now()}
-		d.roles[role] = mine
-		return d.commit(ctx, role, "taking up the switch", func(s *State) error { return t.rules.takeUp(s, role, mine.number) })
+// forget drops the switches that have ended.
+func (d *driver) forget(s *State) {
+	open := make(map[uint64]bool)
+	for _, row := range s.Roles {
+		if row.Switch != nil {
+			open[row.Switch.Number] = true
+		}
 	}
-	now := time.Now()
-	left := t.opt.SwitchBudget - now.Sub(mine.since)
-	do, why := decide(s, role, *mine, left <= 0, d.ageOutWithin(role, row, left), t.hooks.knows)
+	for number, mine := range d.switches {
+		if open[number] {
+			continue
+		}
+		if mine.cancel != nil {
+			mine.cancel()
+		}
+		delete(d.switches, number)
+	}
+}
+
+// stepSwitch does the next step of one switch. row is that of its first role.
+func (d *driver) stepSwitch(ctx context.Context, s *State, roles []string, row Row) (bool, error) {
+	t, now := d.t, time.Now()
+	mine := d.switches[row.Switch.Number]
+	if mine == nil {
+		mine = &driving{number: row.Switch.Number, since: now}
+		if row.Switch.Attempt > 0 { // not the first driver: its time counts too, by the clocks of two machines
+			mine.since = now.Add(-min(max(now.Sub(row.Switch.Started), 0), t.opt.SwitchBudget))
+		}
+		d.switches[mine.number] = mine
+		return d.commit(ctx, roles, "taking up the switch", func(s *State, role string) error { return t.rules.takeUp(s, role, mine.number) })
+	}
+	mine.roles = roles
+	if mine.hook != "" {
+		if row.Phase != mine.in {
+			mine.cancel() // the switch was aborted under it
+		}
+		return false, nil
+	}
+	left := d.left(mine, row, now)
+	do, why := decide(s, *mine, left <= 0, d.agesOut(s, mine, left))
 	switch do {
 	case moveAdvance:
-		return d.commit(ctx, role, "the next phase", func(s *State) error { return t.rules.advance(s, role, row.Phase, now, t.hooks.knows) })
+		return d.commit(ctx, roles, "the next phase", func(s *State, role string) error { return t.rules.advance(s, role, row.Phase, now) })
 	case moveAbort:
-		return d.commit(ctx, role, "aborting", func(s *State) error {
-			mine.failed = ""
-			return t.rules.abort(s, role, why, now, t.hooks.knows)
-		})
+		mine.failed = ""
+		return d.commit(ctx, roles, "aborting", func(s *State, role string) error { return t.rules.abort(s, role, why, now) })
 	case moveUndone:
-		return d.commit(ctx, role, "undoing", func(s *State) error { return t.rules.undone(s, role, Phase(why)) })
+		return d.commit(ctx, roles, "undoing", func(s *State, role string) error { return t.rules.undone(s, role, Phase(why)) })
 	case moveReopen:
-		return d.commit(ctx, role, "reopening", func(s *State) error { return t.rules.reopen(s, role, now) })
+		return d.commit(ctx, roles, "reopening", func(s *State, role string) error { return t.rules.reopen(s, role, now) })
 	case moveRun, moveUndo:
-		return d.runHook(ctx, do, Hook(why), role, row, mine, left)
+		d.runHook(ctx, Hook(why), row, mine, left)
 	}
 	return false, nil
 }
 
-// runHook runs a hook that the row announces already.
-func (d *driver) runHook(ctx context.Context, do move, hook Hook, role string, row Row, mine *driving, left time.Duration) (bool, error) {
-	if do == moveUndo {
-		left = d.t.opt.SwitchBudget // an undo must be given its time
+// left is what is left of the budget for going forward: what was begun has to
+// be undone within it.
+func (d *driver) left(mine *driving, row Row, now time.Time) time.Duration {
+	left := d.t.opt.SwitchBudget - now.Sub(mine.since)
+	if row.Switch.has(HookUndoDemote) || row.Switch.has(HookUndoPromote) {
+		left -= d.t.opt.UndoReserve
 	}
-	ctx, cancel := context.WithTimeout(ctx, left)
-	defer cancel()
-	err := d.t.hooks.run(ctx, hook, role, row)
-	switch {
-	case err != nil && do == moveUndo:
-		return false, fmt.Errorf("role %s stays held: hook %s: %w", role, hook, err)
-	case err != nil && row.Phase == PhasePromote && !d.t.hooks.knows(HookUndoPromote):
-		return false, fmt.Errorf("role %s stays held, there is no way back: hook %s: %w", role, hook, err)
-	case err != nil:
-		mine.failed = fmt.Sprintf("hook %s failed: %v", hook, err)
-	case do == moveUndo:
-		mine.undone = row.Switch.Begun[len(row.Switch.Begun)-1]
-	default:
-		mine.ran = row.Phase
-	}
-	return true, nil
+	return left
 }
 
-// commit writes one step. A refusal means that the snapshot is behind: the
-// next one tells more.
-func (d *driver) commit(ctx context.Context, role, what string, change func(*State) error) (bool, error) {
+// commit writes one step for all the roles. A refusal means that the snapshot is
+// behind: the next one tells more.
+func (d *driver) commit(ctx context.Context, roles []string, what string, rule func(s *State, role string) error) (bool, error) {
+	return d.commitAll(ctx, listed(roles)+": "+what, func(s *State) error {
+		return each(roles, func(role string) error { return rule(s, role) })
+	})
+}
+
+func (d *driver) commitAll(ctx context.Context, what string, change func(*State) error) (bool, error) {
 	s, err := d.t.opt.Store.Update(ctx, change)
 	switch {
 	case errors.Is(err, ErrConflict), errors.Is(err, errNothing):
-		d.t.log.Debug("driving "+role+": "+what, zap.Error(err))
+		d.t.log.Debug("driving: "+what, zap.Error(err))
 		return false, nil
 	case err != nil:
-		return false, fmt.Errorf("role %s: %s: %w", role, what, err)
+		return false, fmt.Errorf("%s: %w", what, err)
 	}
 	d.t.install(s, false)
 	return true, nil
@@ -278,7 +320,7 @@ func (d *driver) bury(ctx context.Context) error {
 		return fmt.Errorf("asking which frontends have ended: %w", err)
 	}
 	for _, id := range gone {
-		did, err := d.commit(ctx, id, "burying", func(s *State) error { return t.rules.bury(s, id, now) })
+		did, err := d.commitAll(ctx, "burying "+id, func(s *State) error { return t.rules.bury(s, id, now) })
 		if err != nil {
 			return err
 		}
@@ -300,10 +342,17 @@ func (d *driver) askEvery() time.Duration {
 
 // patience is how long the driver may sleep if nothing changes.
 func (d *driver) patience() time.Duration {
-	wait := min(d.askEvery(), time.Until(d.nextGC))
-	for _, mine := range d.roles {
-		if left := d.t.opt.SwitchBudget - time.Since(mine.since); left > 0 {
+	now, s := time.Now(), d.t.Snapshot()
+	wait := min(d.askEvery(), d.nextGC.Sub(now))
+	for _, mine := range d.switches {
+		if len(mine.roles) == 0 || s.Roles[mine.roles[0]].Switch == nil {
+			continue
+		}
+		if left := d.left(mine, s.Roles[mine.roles[0]], now); left > 0 {
 			wait = min(wait, left)
+		}
+		if again := mine.notBefore.Sub(now); again > 0 {
+			wait = min(wait, again)
 		}
 	}
 	return max(wait, time.Millisecond)
@@ -344,7 +393,7 @@ func (d *driver) ageOut(ctx context.Context) error {
 	if !aged {
 		return nil
 	}
-	_, err := d.commit(ctx, "residues", "ageing out", func(s *State) error {
+	_, err := d.commitAll(ctx, "ageing residues out", func(s *State) error {
 		return d.t.rules.ageOut(s, func(role string, r Residue) bool {
 			_, known := d.seen[residueID(role, r)]
 			return known && d.age(role, r, now) >= limit
@@ -353,12 +402,15 @@ func (d *driver) ageOut(ctx context.Context) error {
 	return err
 }
 
-// ageOutWithin says whether all residues in the way will be old enough in time.
-func (d *driver) ageOutWithin(role string, row Row, left time.Duration) bool {
+// agesOut says whether all residues in the way will be old enough in time.
+func (d *driver) agesOut(s *State, mine *driving, left time.Duration) bool {
 	limit := d.t.opt.ResidueMaxAge
-	for _, r := range residuesElsewhere(row, row.Switch.To) {
-		if limit <= 0 || limit-d.age(role, r, time.Now()) >= left {
-			return false
+	for _, role := range mine.roles {
+		row := s.Roles[role]
+		for _, r := range residuesElsewhere(row, row.Switch.To) {
+			if limit <= 0 || limit-d.age(role, r, time.Now()) >= left {
+				return false
+			}
 		}
 	}
 	return true

@@ -225,14 +225,11 @@ func (e *explorer) intern(s *State) uint16 {
 
 func frontendID(proc, nonce uint8) string { return fmt.Sprintf("f%d.%d", proc, nonce) }
 
-func allHooks(Hook) bool { return true }
-func noHooks(Hook) bool  { return false }
-
-func (e *explorer) has() func(Hook) bool {
+func (e *explorer) has() []Hook {
 	if e.hooks {
-		return allHooks
+		return AllHooks
 	}
-	return noHooks
+	return nil
 }
 
 // store applies a rule; ok is false if it refuses.
@@ -273,16 +270,16 @@ func (e *explorer) apply(s *State, op storeOp) error {
 	}
 	switch op.kind {
 	case "hold", "hold, confirmed clean":
-		err := e.r.hold(s, "r", backendName[3-backendNumber(row.Active)], "", "", now, op.kind != "hold")
+		err := e.r.hold(s, []string{"r"}, order{to: backendName[3-backendNumber(row.Active)], hooks: e.has(), confirmedClean: op.kind != "hold"}, now)
 		if row := s.Roles["r"]; err == nil && e.effect == effectEpoch {
 			row.Epoch--
 			s.Roles["r"] = row
 		}
 		return err
 	case "advance":
-		return e.r.advance(s, "r", row.Phase, now, e.has())
+		return e.r.advance(s, "r", row.Phase, now)
 	case "abort":
-		err := e.r.abort(s, "r", "", now, e.has())
+		err := e.r.abort(s, "r", "", now)
 		if row := s.Roles["r"]; err == nil && e.effect == effectInherit {
 			row.Residues = nil
 			s.Roles["r"] = row

@@ -5,45 +5,53 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// hookLog plays hooks: fail says which ones fail.
+// hookLog plays hooks: fail says which ones fail, slow which take their time.
 type hookLog struct {
+	site *memSite
+	mu   sync.Mutex
 	ran  []Hook
 	seen []Phase // the row's phase in the store while the hook ran
 	fail map[Hook]error
 	slow map[Hook]time.Duration
+	do   map[Hook]func(HookCall)
 }
 
-func (l *hookLog) hooks(site *memSite, has func(Hook) bool) hooks {
-	return hooks{has: has, run: func(ctx context.Context, h Hook, role string, _ Row) error {
-		l.ran = append(l.ran, h)
-		l.seen = append(l.seen, site.get().Roles[role].Phase)
-		if d := l.slow[h]; d > 0 && !pause(ctx, d) {
-			return ctx.Err()
-		}
-		return l.fail[h]
-	}}
+func (l *hookLog) Run(ctx context.Context, call HookCall) (string, error) {
+	l.mu.Lock()
+	l.ran = append(l.ran, call.Hook)
+	l.seen = append(l.seen, l.site.get().Roles[call.Roles[0]].Phase)
+	d, err, do := l.slow[call.Hook], l.fail[call.Hook], l.do[call.Hook]
+	l.mu.Unlock()
+	if d > 0 && !pause(ctx, d) {
+		return "", ctx.Err()
+	}
+	if do != nil {
+		do(call)
+	}
+	return "output of " + string(call.Hook), err
 }
 
-// startWith starts a frontend that has hooks before it can drive anything.
-func (h *host) startWith(hk hooks) *process {
+// startWith starts a frontend whose role ma01 has these hooks.
+func (h *host) startWith(l *hookLog, has ...Hook) *process {
 	h.t.Helper()
-	h.site.driving <- struct{}{}
-	p := h.start("f")
-	p.hooks = hk
-	<-h.site.driving
-	return p
+	l.site = h.site
+	c := h.opt.Roles["ma01"]
+	c.Hooks, c.Scope = has, ScopeRole
+	h.opt.Roles["ma01"], h.opt.Hooks = c, l
+	return h.start("f")
 }
 
 func TestHooksRunAfterTheirStep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHost(t)
 		var l hookLog
-		f := h.startWith(l.hooks(h.site, allHooks))
+		f := h.startWith(&l, AllHooks...)
 		f.mustSwitch(toB)
 		if !slices.Equal(l.ran, []Hook{HookDemote, HookCatchUp, HookPromote}) ||
 			!slices.Equal(l.seen, []Phase{PhaseDemote, PhaseCatchUp, PhasePromote}) {
@@ -61,7 +69,7 @@ func TestAbortUndoesInReverse(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				h := newHost(t)
-				f := h.startWith(l.hooks(h.site, allHooks))
+				f := h.startWith(l, AllHooks...)
 				f.mustFail(toB, "hook promote failed", "a serves on")
 				if want := []Hook{HookDemote, HookCatchUp, HookPromote, HookUndoPromote, HookUndoDemote}; !slices.Equal(l.ran, want) {
 					t.Errorf("hooks %v, want %v", l.ran, want)
@@ -84,17 +92,12 @@ func TestPromoteIsResumed(t *testing.T) {
 		h := newHost(t)
 		l := &hookLog{fail: map[Hook]error{HookPromote: errors.New("exit status 1")}}
 		tries := 0
-		hk := l.hooks(h.site, func(h Hook) bool { return h != HookUndoPromote })
-		run := hk.run
-		hk.run = func(ctx context.Context, hook Hook, role string, row Row) error {
-			if hook == HookPromote {
-				if tries++; tries == 3 {
-					delete(l.fail, HookPromote)
-				}
+		l.do = map[Hook]func(HookCall){HookPromote: func(HookCall) {
+			if tries++; tries == 2 {
+				delete(l.fail, HookPromote) // the third
 			}
-			return run(ctx, hook, role, row)
-		}
-		f := h.startWith(hk)
+		}}
+		f := h.startWith(l, HookDemote, HookPromote, HookUndoDemote)
 		f.mustSwitch(toB)
 		if tries != 3 || slices.Contains(l.ran, HookUndoDemote) {
 			t.Errorf("%d tries, hooks %v", tries, l.ran)
@@ -114,28 +117,37 @@ func TestDecide(t *testing.T) {
 	if err := (rules{}).ack(dirty, "f.1", "r", 5, []Residue{{Backend: "a", User: "u"}}); err != nil {
 		t.Fatal(err)
 	}
+	hooked := table(t)
+	mustHold(t, hooked, HookDemote)
+	proving := table(t)
+	mustHold(t, proving, HookProve)
+	for _, s := range []*State{hooked, proving} {
+		if err := (rules{}).ack(s, "f.1", "r", 5, []Residue{{Backend: "a", User: "u"}}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, c := range []struct {
 		name            string
 		s               *State
 		isOver, agesOut bool
-		has             func(Hook) bool
 		want            move
 	}{
-		{"acks missing", s, false, true, noHooks, moveWait},
-		{"acks missing, too long", s, true, true, noHooks, moveAbort},
-		{"acked", acked, false, true, noHooks, moveAdvance},
-		{"acked, with hooks", acked, false, true, allHooks, moveAdvance},
-		{"acked, too late", acked, true, true, noHooks, moveAbort},
-		{"residue for good", dirty, false, false, noHooks, moveAbort},
-		{"residue that ages", dirty, false, true, noHooks, moveWait},
-		{"residue before a demote hook", dirty, false, false, allHooks, moveAdvance},
+		{"acks missing", s, false, true, moveWait},
+		{"acks missing, too long", s, true, true, moveAbort},
+		{"acked", acked, false, true, moveAdvance},
+		{"acked, too late", acked, true, true, moveAbort},
+		{"residue for good", dirty, false, false, moveAbort},
+		{"residue that ages", dirty, false, true, moveWait},
+		{"residue before a demote hook", hooked, false, false, moveAdvance},
+		{"residue and a prove hook", proving, false, false, moveRun},
 	} {
-		if got, why := decide(c.s, "r", driving{}, c.isOver, c.agesOut, c.has); got != c.want {
+		d := driving{roles: []string{"r"}}
+		if got, why := decide(c.s, d, c.isOver, c.agesOut); got != c.want {
 			t.Errorf("%s: move %d (%s), want %d", c.name, got, why, c.want)
 		}
 	}
 	// The word that operators look for, and that `posthouse roles` shows.
-	if _, why := decide(dirty, "r", driving{}, false, false, noHooks); !strings.HasPrefix(why, "residue: work of u may still run on a") {
+	if _, why := decide(dirty, driving{roles: []string{"r"}}, false, false); !strings.HasPrefix(why, "residue: work of u may still run on a") {
 		t.Errorf("a residue is in the way, but the switch says %q", why)
 	}
 }

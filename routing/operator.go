@@ -18,13 +18,49 @@ type SwitchRequest struct {
 	ConfirmedClean bool
 }
 
-// Switch holds the role and waits for the outcome, which whoever drives
+// Switch holds the role, with those that it shares a backend with where its hooks
+// restart that, and waits for the outcome, which whoever drives
 // switches brings about: it goes on if ctx ends. progress, if not nil, is told
 // what happens, in order. An error says what refused or blocked the switch.
 func (t *Table) Switch(ctx context.Context, req SwitchRequest, progress func(Event)) (SwitchRecord, error) {
 	return t.begin(ctx, req.Role, progress, func(s *State, now time.Time) error {
-		return t.rules.hold(s, req.Role, req.To, req.Who, req.Why, now, req.ConfirmedClean)
+		config := t.opt.Roles[req.Role]
+		roles, err := t.rules.group(s, req.Role, req.To, config)
+		if err != nil {
+			return err
+		}
+		return t.rules.hold(s, roles, order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean}, now)
 	})
+}
+
+// Abort turns the switch of a role back, with all roles that are switched with
+// it. It returns when that is written; whoever drives switches undoes what was
+// begun. It fails if there is no switch, or no way back.
+func (t *Table) Abort(ctx context.Context, role, who, why string) error {
+	if why = "aborted by " + who + ": " + why; who == "" {
+		why = "aborted by the operator"
+	}
+	return t.steer(ctx, role, "aborting", func(s *State, role string) error { return t.rules.abort(s, role, why, time.Now()) })
+}
+
+// Resume lets the switch of a role go on that waits for the operator.
+func (t *Table) Resume(ctx context.Context, role string) error {
+	return t.steer(ctx, role, "resuming", func(s *State, role string) error { return t.rules.resume(s, role) })
+}
+
+func (t *Table) steer(ctx context.Context, role, what string, rule func(s *State, role string) error) error {
+	s, err := t.opt.Store.Update(ctx, func(s *State) error {
+		roles := s.together(role)
+		if len(roles) == 0 {
+			roles = []string{role} // the rule says what is wrong
+		}
+		return each(roles, func(role string) error { return rule(s, role) })
+	})
+	if err != nil {
+		return fmt.Errorf("%s the switch of %s: %w", what, role, err)
+	}
+	t.install(s, false)
+	return nil
 }
 
 // InitRole is the operator's decision which backend serves a role that is in
@@ -106,7 +142,7 @@ func (t *Table) report(role string, old, now *State, progress func(Event)) {
 // outcome says how the switch with this number ended, if it has.
 func outcome(s *State, role string, number uint64) (rec SwitchRecord, ended bool, err error) {
 	for _, rec := range slices.Backward(s.History) {
-		if rec.Number != number {
+		if rec.Number != number || rec.Role != role {
 			continue
 		}
 		if !rec.Done {

@@ -139,14 +139,16 @@ func (e *lostExplorer) expand(w *lostWorld, first *State) {
 	now := explorerTime
 	row := w.Store.Roles["r"]
 	if w.Holds > 0 && row.Active == "a" && e.allRegistered(w) {
-		if next := e.update(w.Store, "hold", func(s *State) error { return e.r.hold(s, "r", "b", "", "", now, false) }); next != nil {
+		if next := e.update(w.Store, "hold", func(s *State) error {
+			return e.r.hold(s, []string{"r"}, order{to: "b"}, now)
+		}); next != nil {
 			m := *w
 			m.Store, m.Holds = next, 0
 			e.visit(m, w, "hold")
 		}
 	}
 	if row.Switch != nil && e.allRegistered(w) {
-		store(e.update(w.Store, "advance", func(s *State) error { return e.r.advance(s, "r", PhaseHold, now, noHooks) }), "open")
+		store(e.update(w.Store, "advance", func(s *State) error { return e.r.advance(s, "r", PhaseHold, now) }), "open")
 	}
 	if w.Restores > 0 {
 		for _, lost := range []*State{first.Clone(), emptyState()} {

@@ -12,7 +12,22 @@ type RoleConfig struct {
 	Members []string
 	// Active seeds an empty store only; afterwards the table decides.
 	Active string
+	// Hooks that the site has for a switch of the role.
+	Hooks []Hook
+	// Scope says what the hooks touch; the zero value is ScopeBackend.
+	Scope Scope
 }
+
+// Scope is what the hooks of a role may restart.
+type Scope string
+
+const (
+	// ScopeBackend: the whole backend, so that all roles which it serves are
+	// switched together.
+	ScopeBackend Scope = "backend"
+	// ScopeRole: nothing that other roles use.
+	ScopeRole Scope = "role"
+)
 
 // siteConfig is what all frontends must agree on.
 type siteConfig struct {

@@ -28,7 +28,8 @@ type change struct {
 	role string
 	row  Row
 	to   string
-	has  func(Hook) bool
+	// proves: a hook may clear the residues on the old active.
+	proves bool
 }
 
 // A guard is one condition of a change. in returns "" if it holds, else what
@@ -116,7 +117,16 @@ var holdGuards = []guard{
 		}
 		return ""
 	}},
-	{"no residue would block the switch", openGuards[1].in},
+	{"no residue would block the switch", func(c change) string {
+		rest := residuesElsewhere(c.row, c.to)
+		if c.proves {
+			rest = slices.DeleteFunc(rest, func(r Residue) bool { return r.Backend == c.row.Active })
+		}
+		if len(rest) > 0 {
+			return residueText(c.role, rest)
+		}
+		return ""
+	}},
 }
 
 var inNoDoubt = guard{"the role is not in doubt", func(c change) string {

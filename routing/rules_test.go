@@ -3,7 +3,6 @@ package routing
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -20,9 +19,9 @@ func table(t *testing.T) *State {
 	return s
 }
 
-func mustHold(t *testing.T, s *State) {
+func mustHold(t *testing.T, s *State, hooks ...Hook) {
 	t.Helper()
-	if err := (rules{}).hold(s, "r", "b", "who", "why", explorerTime, false); err != nil {
+	if err := (rules{}).hold(s, []string{"r"}, order{to: "b", who: "who", why: "why", hooks: hooks}, explorerTime); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -31,7 +30,9 @@ func TestRulesRefuse(t *testing.T) {
 	var r rules
 	now := explorerTime
 	hold := func(role, to string, confirmed bool) func(*State) error {
-		return func(s *State) error { return r.hold(s, role, to, "", "", now, confirmed) }
+		return func(s *State) error {
+			return r.hold(s, []string{role}, order{to: to, confirmedClean: confirmed}, now)
+		}
 	}
 	residue := func(s *State) {
 		row := s.Roles["r"]
@@ -54,11 +55,11 @@ func TestRulesRefuse(t *testing.T) {
 		{"hold: residue, confirmed", residue, hold("r", "b", true), ""},
 		{"hold: doubt", func(s *State) { r.markDoubt(s, "r", Row{Epoch: 9}, "f.1", "went back", now) }, hold("r", "b", false), "roles init"},
 		{"open: no ack", func(s *State) { mustHold(t, s) },
-			func(s *State) error { return r.advance(s, "r", PhaseHold, now, noHooks) }, "f.1"},
-		{"demote: no ack", func(s *State) { mustHold(t, s) },
-			func(s *State) error { return r.advance(s, "r", PhaseHold, now, allHooks) }, "f.1"},
-		{"open: not switched", nil, func(s *State) error { return r.open(s, "r", now, noHooks) }, "its phase is open"},
-		{"abort: not switched", nil, func(s *State) error { return r.abort(s, "r", "", now, noHooks) }, "is open"},
+			func(s *State) error { return r.advance(s, "r", PhaseHold, now) }, "f.1"},
+		{"demote: no ack", func(s *State) { mustHold(t, s, AllHooks...) },
+			func(s *State) error { return r.advance(s, "r", PhaseHold, now) }, "f.1"},
+		{"open: not switched", nil, func(s *State) error { return r.open(s, "r", now) }, "its phase is open"},
+		{"abort: not switched", nil, func(s *State) error { return r.abort(s, "r", "", now) }, "is open"},
 		{"ack: of an open role", nil, func(s *State) error { return r.ack(s, "f.1", "r", 4, nil) }, "no ack of 4"},
 		{"ack: of another epoch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.1", "r", 4, nil) }, "no ack of 4"},
 		{"ack: by a stranger", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.2", "r", 5, nil) }, "not registered"},
@@ -87,24 +88,23 @@ func TestRulesRefuse(t *testing.T) {
 
 func TestNoWayBackFromPromote(t *testing.T) {
 	var r rules
-	only := func(hooks ...Hook) func(Hook) bool { return func(h Hook) bool { return slices.Contains(hooks, h) } }
 	for _, c := range []struct {
-		has  func(Hook) bool
-		want bool
+		hooks []Hook
+		want  bool
 	}{
-		{only(HookPromote), false},
-		{only(HookPromote, HookUndoDemote), false},
-		{only(HookPromote, HookUndoPromote), true},
+		{[]Hook{HookPromote}, false},
+		{[]Hook{HookPromote, HookUndoDemote}, false},
+		{[]Hook{HookPromote, HookUndoPromote}, true},
 	} {
 		s := table(t)
-		mustHold(t, s)
-		if err := errors.Join(r.ack(s, "f.1", "r", 5, nil), r.advance(s, "r", PhaseHold, explorerTime, c.has)); err != nil {
+		mustHold(t, s, c.hooks...)
+		if err := errors.Join(r.ack(s, "f.1", "r", 5, nil), r.advance(s, "r", PhaseHold, explorerTime)); err != nil {
 			t.Fatal(err)
 		}
 		if got := s.Roles["r"].Phase; got != PhasePromote {
 			t.Fatalf("phase %s, want promote: phases without a hook are skipped", got)
 		}
-		if err := r.abort(s, "r", "", explorerTime, c.has); (err == nil) != c.want {
+		if err := r.abort(s, "r", "", explorerTime); (err == nil) != c.want {
 			t.Errorf("abort = %v, want allowed: %v", err, c.want)
 		}
 	}
@@ -115,7 +115,7 @@ func TestHistoryIsBounded(t *testing.T) {
 	s := table(t)
 	for i := range historyLimit + 5 {
 		mustHold(t, s)
-		if err := errors.Join(r.abort(s, "r", fmt.Sprint(i), explorerTime, noHooks), r.reopen(s, "r", explorerTime)); err != nil {
+		if err := errors.Join(r.abort(s, "r", fmt.Sprint(i), explorerTime), r.reopen(s, "r", explorerTime)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -144,7 +144,7 @@ func TestInitRoleIsAboveEverythingKnown(t *testing.T) {
 		if row.Epoch != c.want || row.Phase != PhaseHold || row.Doubt != nil || len(row.Residues) != 1 {
 			t.Errorf("known %d and %d: %+v, want a hold in epoch %d", c.doubt, c.known, row, c.want)
 		}
-		if err := r.abort(s, "r", "", explorerTime, noHooks); err == nil {
+		if err := r.abort(s, "r", "", explorerTime); err == nil {
 			t.Error("there is nothing to abort to")
 		}
 	}

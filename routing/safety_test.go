@@ -109,7 +109,8 @@ func TestSafety03ResidueIsInherited(t *testing.T) {
 	})
 }
 
-// Nothing that a switch does clears a residue: only the operator and age do.
+// No step of a switch clears a residue by itself: only a hook that proves it, the
+// operator and age do.
 func TestSafety04OnlyProofClears(t *testing.T) {
 	s, r, now := emptyState(), rules{}, time.Now()
 	s.Roles["r"] = Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: PhaseOpen}
@@ -117,21 +118,23 @@ func TestSafety04OnlyProofClears(t *testing.T) {
 		t.Fatal(err)
 	}
 	steps := []func() error{
-		func() error { return r.hold(s, "r", "b", "", "", now, false) },
+		func() error {
+			return r.hold(s, []string{"r"}, order{to: "b", hooks: AllHooks}, now)
+		},
 		func() error { return r.ack(s, "f", "r", 2, []Residue{{Backend: "a", User: "u", Since: now}}) },
-		func() error { return r.advance(s, "r", PhaseHold, now, allHooks) },
-		func() error { return r.advance(s, "r", PhaseDemote, now, allHooks) },
-		func() error { return r.advance(s, "r", PhaseCatchUp, now, allHooks) },
+		func() error { return r.advance(s, "r", PhaseHold, now) },
+		func() error { return r.advance(s, "r", PhaseDemote, now) },
+		func() error { return r.advance(s, "r", PhaseCatchUp, now) },
 	}
 	for i, step := range steps {
 		if err := step(); err != nil {
 			t.Fatalf("step %d: %v", i, err)
 		}
 	}
-	if err := r.advance(s, "r", PhasePromote, now, allHooks); !errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), "u may still run on a") {
+	if err := r.advance(s, "r", PhasePromote, now); !errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), "u may still run on a") {
 		t.Errorf("OPEN with a residue = %v", err)
 	}
-	if err := r.abort(s, "r", "residue", now, allHooks); err != nil {
+	if err := r.abort(s, "r", "residue", now); err != nil {
 		t.Fatal(err)
 	}
 	for _, phase := range []Phase{PhasePromote, PhaseCatchUp, PhaseDemote} {

@@ -87,6 +87,13 @@ type Switch struct {
 	Who     string    `json:"who"`
 	Why     string    `json:"why,omitempty"`
 	Started time.Time `json:"started"`
+	// Roles are switched together, in every step at once: they share a backend
+	// that a hook restarts. The first is the one that was asked for; each of
+	// them has this switch in its row.
+	Roles []string `json:"roles,omitempty"`
+	// Hooks are those that the site had for it when the role was held. Whoever
+	// drives the switch goes by them.
+	Hooks []Hook `json:"hooks,omitempty"`
 	// Attempt grows each time a driver takes the switch up; hooks get it.
 	Attempt int `json:"attempt"`
 	// Begun lists the hook phases entered so far, in order; abort undoes
@@ -94,8 +101,25 @@ type Switch struct {
 	Begun []Phase `json:"begun,omitempty"`
 	// Steps records when each phase was entered.
 	Steps []Step `json:"steps"`
+	// Runs are the hooks that have ended, in order.
+	Runs []HookRun `json:"runs,omitempty"`
 	// AbortWhy says why the switch is being aborted; empty while it is not.
 	AbortWhy string `json:"abort_why,omitempty"`
+	// Stuck says what keeps the switch from going on and from being undone. It
+	// waits for the operator's `posthouse switch --resume`.
+	Stuck string `json:"stuck,omitempty"`
+}
+
+// HookRun is one run of a hook.
+type HookRun struct {
+	Hook    Hook          `json:"hook"`
+	Attempt int           `json:"attempt"`
+	Began   time.Time     `json:"began"`
+	Took    time.Duration `json:"took_ns"`
+	// Output is the end of what it wrote to stdout and stderr.
+	Output string `json:"output,omitempty"`
+	// Error says how it failed; empty if it did not.
+	Error string `json:"error,omitempty"`
 }
 
 // Step is one phase of a switch and when it was entered.
@@ -186,6 +210,9 @@ func (r Row) clone() Row {
 		sw := *r.Switch
 		sw.Begun = slices.Clone(sw.Begun)
 		sw.Steps = slices.Clone(sw.Steps)
+		sw.Roles = slices.Clone(sw.Roles)
+		sw.Hooks = slices.Clone(sw.Hooks)
+		sw.Runs = slices.Clone(sw.Runs)
 		r.Switch = &sw
 	}
 	if r.Doubt != nil {

@@ -3,6 +3,7 @@ package routing
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -11,11 +12,15 @@ type Hook string
 
 const (
 	HookDemote      Hook = "demote"
+	HookProve       Hook = "prove" // in HOLD, if residues are in the way
 	HookCatchUp     Hook = "catch_up"
 	HookPromote     Hook = "promote"
 	HookUndoDemote  Hook = "undo_demote"
 	HookUndoPromote Hook = "undo_promote"
 )
+
+// AllHooks are the hooks that there are.
+var AllHooks = []Hook{HookDemote, HookProve, HookCatchUp, HookPromote, HookUndoDemote, HookUndoPromote}
 
 // hookPhases are the phases between HOLD and OPEN, in order, with their hooks.
 var hookPhases = []struct {
@@ -37,26 +42,94 @@ func hookOf(p Phase) (do, undo Hook) {
 	return "", ""
 }
 
-// hold begins a switch: from now on nobody enters below the new epoch.
-// confirmedClean clears the role's residues on the operator's word.
-func (r rules) hold(s *State, role, to, who, why string, now time.Time, confirmedClean bool) error {
+// has says whether the switch has a hook to run.
+func (sw *Switch) has(h Hook) bool { return h != "" && slices.Contains(sw.Hooks, h) }
+
+func (sw *Switch) begun(p Phase) bool { return slices.Contains(sw.Begun, p) }
+
+// next is where the switch goes from p; phases without a hook are skipped.
+func (sw *Switch) next(p Phase) Phase {
+	past := p == PhaseHold
+	for _, h := range hookPhases {
+		if past && sw.has(h.do) {
+			return h.phase
+		}
+		past = past || h.phase == p
+	}
+	return PhaseOpen
+}
+
+// canAbort says whether the switch of this row can be turned back: "" if so,
+// else why not.
+func (row Row) canAbort() string {
+	switch {
+	case row.Active == "":
+		return "there is no earlier active to go back to: settle what keeps it from " + row.Switch.To
+	case row.Switch.begun(PhasePromote) && !row.Switch.has(HookUndoPromote):
+		return fmt.Sprintf("the promotion of %s has begun and there is no undo_promote hook: resume the switch", row.Switch.To)
+	}
+	return ""
+}
+
+// order is what a switch is asked to do.
+type order struct {
+	to, who, why string
+	hooks        []Hook
+	// confirmedClean clears the roles' residues on the operator's word.
+	confirmedClean bool
+}
+
+// hold begins a switch of all these roles: from now on nobody enters below
+// their new epochs.
+func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
+	s.Switches++
+	for _, role := range roles {
+		row, err := s.row(role)
+		if err != nil {
+			return err
+		}
+		if o.confirmedClean {
+			row.Residues = nil
+		}
+		proves := slices.Contains(o.hooks, HookProve) || slices.Contains(o.hooks, HookDemote)
+		if err := r.check(change{s: s, role: role, row: row, to: o.to, proves: proves}, holdGuards); err != nil {
+			return err
+		}
+		row.Epoch++
+		row.Phase = PhaseHold
+		row.Switch = &Switch{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Started: now,
+			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Steps: []Step{{PhaseHold, now}}}
+		s.Roles[role] = row
+	}
+	return nil
+}
+
+// group are the roles that a switch of role takes with it: all that its backend
+// serves, if a hook may restart that. The first is role.
+func (r rules) group(s *State, role, to string, config RoleConfig) ([]string, error) {
 	row, err := s.row(role)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if confirmedClean {
-		row.Residues = nil
+	if len(config.Hooks) == 0 || config.Scope == ScopeRole {
+		return []string{role}, nil
 	}
-	if err := r.check(change{s: s, role: role, row: row, to: to}, holdGuards); err != nil {
-		return err
+	group := []string{role}
+	for _, other := range sortedKeys(s.Roles) {
+		with := s.Roles[other]
+		switch {
+		case other == role:
+		case with.Active == row.Active && !slices.Contains(with.Members, to):
+			return nil, fmt.Errorf("%w: role %s: %s serves role %s too, which has no copy on %s, and the hooks may restart it: "+
+				"make %s a member there, or state that the hooks touch nothing else (hooks_scope: role)", ErrConflict, role, row.Active, other, to, to)
+		case with.Active == row.Active:
+			group = append(group, other)
+		case with.Active == to:
+			return nil, fmt.Errorf("%w: role %s: %s serves role %s, and the hooks may restart it: "+
+				"state that they touch nothing else (hooks_scope: role)", ErrConflict, role, to, other)
+		}
 	}
-	s.Switches++
-	row.Epoch++
-	row.Phase = PhaseHold
-	row.Switch = &Switch{Number: s.Switches, To: to, Who: who, Why: why, Started: now,
-		Steps: []Step{{PhaseHold, now}}}
-	s.Roles[role] = row
-	return nil
+	return group, nil
 }
 
 // ack raises a frontend's floor: nobody is inside it below epoch, and never
@@ -82,50 +155,70 @@ func (r rules) ack(s *State, id, role string, epoch uint64, residues []Residue) 
 	return nil
 }
 
+// inSwitch looks up a role that the switch with this number has in hand.
+func (s *State) inSwitch(role string, number uint64) (Row, error) {
+	row, err := s.row(role)
+	if err == nil && (row.Switch == nil || row.Switch.Number != number) {
+		err = fmt.Errorf("%w: switch %d of %s has ended", ErrConflict, number, role)
+	}
+	return row, err
+}
+
 // takeUp counts one more driver of the switch with this number. Hooks get the
 // count, so that an orphan of an earlier driver does no harm.
 func (r rules) takeUp(s *State, role string, number uint64) error {
-	row, err := s.row(role)
+	row, err := s.inSwitch(role, number)
 	if err != nil {
 		return err
-	}
-	if row.Switch == nil || row.Switch.Number != number {
-		return fmt.Errorf("%w: switch %d of %s has ended", ErrConflict, number, role)
 	}
 	row.Switch.Attempt++
 	s.Roles[role] = row
 	return nil
 }
 
-// nextPhase is where a switch goes from p; phases without a hook are skipped.
-func nextPhase(p Phase, has func(Hook) bool) Phase {
-	past := p == PhaseHold
-	for _, h := range hookPhases {
-		if past && has(h.do) {
-			return h.phase
-		}
-		past = past || h.phase == p
+// ran records how a hook of the switch has ended. One that succeeded in
+// stopping the old active, or in showing that nothing runs there, clears the
+// residues there: nobody is inside any more, so that none comes again.
+func (r rules) ran(s *State, role string, number uint64, run HookRun) error {
+	row, err := s.inSwitch(role, number)
+	if err != nil {
+		return err
 	}
-	return PhaseOpen
+	proves := run.Hook == HookProve && row.Phase == PhaseHold || run.Hook == HookDemote && row.Phase == PhaseDemote
+	if run.Error == "" && proves {
+		if err := r.check(change{s: s, role: role, row: row}, openGuards[:1]); err != nil {
+			return err
+		}
+		row.Residues = slices.DeleteFunc(row.Residues, func(res Residue) bool { return res.Backend == row.Active })
+	}
+	row.Switch.Runs = append(row.Switch.Runs, run)
+	if n := len(row.Switch.Runs) - runsKept; n > 0 {
+		row.Switch.Runs = slices.Delete(row.Switch.Runs, 0, n)
+	}
+	s.Roles[role] = row
+	return nil
 }
+
+// runsKept bounds Switch.Runs: a hook may be tried again for hours.
+const runsKept = 20
 
 // advance takes the switch from phase `from` to the next one, before that
 // one's hook runs. The step to PhaseOpen is open.
-func (r rules) advance(s *State, role string, from Phase, now time.Time, has func(Hook) bool) error {
+func (r rules) advance(s *State, role string, from Phase, now time.Time) error {
 	row, err := s.row(role)
 	if err != nil {
 		return err
 	}
-	c := change{s: s, role: role, row: row, has: has}
+	c := change{s: s, role: role, row: row}
 	if err := r.check(c, advanceGuards); err != nil {
 		return err
 	}
 	if row.Phase != from {
 		return fmt.Errorf("%w: role %s is in phase %s, not %s any more", ErrConflict, role, row.Phase, from)
 	}
-	next := nextPhase(row.Phase, has)
+	next := row.Switch.next(row.Phase)
 	if next == PhaseOpen {
-		return r.open(s, role, now, has)
+		return r.open(s, role, now)
 	}
 	// The old active is touched only when nobody is inside.
 	if err := r.check(c, openGuards[:1]); err != nil {
@@ -139,7 +232,7 @@ func (r rules) advance(s *State, role string, from Phase, now time.Time, has fun
 }
 
 // open lets everybody in to the new active, in the epoch that HOLD announced.
-func (r rules) open(s *State, role string, now time.Time, has func(Hook) bool) error {
+func (r rules) open(s *State, role string, now time.Time) error {
 	row, err := s.row(role)
 	if err != nil {
 		return err
@@ -147,11 +240,11 @@ func (r rules) open(s *State, role string, now time.Time, has func(Hook) bool) e
 	if row.Switch == nil {
 		return r.check(change{s: s, role: role, row: row}, advanceGuards)
 	}
-	c := change{s: s, role: role, row: row, to: row.Switch.To, has: has}
+	c := change{s: s, role: role, row: row, to: row.Switch.To}
 	if err := r.check(c, advanceGuards); err != nil {
 		return err
 	}
-	if next := nextPhase(row.Phase, has); next != PhaseOpen {
+	if next := row.Switch.next(row.Phase); next != PhaseOpen {
 		return fmt.Errorf("%w: role %s goes to %s first", ErrConflict, role, next)
 	}
 	if err := r.check(c, openGuards); err != nil {
@@ -162,7 +255,7 @@ func (r rules) open(s *State, role string, now time.Time, has func(Hook) bool) e
 }
 
 // abort turns a switch back. It comes before anything is undone.
-func (r rules) abort(s *State, role, why string, now time.Time, has func(Hook) bool) error {
+func (r rules) abort(s *State, role, why string, now time.Time) error {
 	row, err := s.row(role)
 	if err != nil {
 		return err
@@ -172,15 +265,40 @@ func (r rules) abort(s *State, role, why string, now time.Time, has func(Hook) b
 		return fmt.Errorf("%w: role %s is open: switch it back instead", ErrConflict, role)
 	case row.Phase == PhaseAbort:
 		return fmt.Errorf("%w: role %s is being aborted already", ErrConflict, role)
-	case row.Active == "":
-		return fmt.Errorf("%w: role %s has no earlier active to go back to: settle what keeps it from %s", ErrConflict, role, row.Switch.To)
-	case slices.Contains(row.Switch.Begun, PhasePromote) && !has(HookUndoPromote):
-		return fmt.Errorf("%w: role %s: the promotion of %s has begun and there is no undo_promote hook: resume the switch",
-			ErrConflict, role, row.Switch.To)
+	}
+	if in := row.canAbort(); in != "" {
+		return fmt.Errorf("%w: role %s: %s", ErrConflict, role, in)
 	}
 	row.Phase = PhaseAbort
-	row.Switch.AbortWhy = why
+	row.Switch.AbortWhy, row.Switch.Stuck = why, ""
 	row.Switch.Steps = append(row.Switch.Steps, Step{PhaseAbort, now})
+	s.Roles[role] = row
+	return nil
+}
+
+// stick stops a switch that can neither go on nor back; resume lets whoever
+// drives it try again.
+func (r rules) stick(s *State, role string, number uint64, why string) error {
+	row, err := s.inSwitch(role, number)
+	if err != nil {
+		return err
+	}
+	row.Switch.Stuck = why
+	s.Roles[role] = row
+	return nil
+}
+
+func (r rules) resume(s *State, role string) error {
+	row, err := s.row(role)
+	switch {
+	case err != nil:
+		return err
+	case row.Switch == nil:
+		return fmt.Errorf("%w: role %s is %s: there is no switch to resume", ErrConflict, role, row.Phase)
+	case row.Switch.Stuck == "":
+		return fmt.Errorf("%w: role %s: switch %d to %s goes on in phase %s by itself", ErrConflict, role, row.Switch.Number, row.Switch.To, row.Phase)
+	}
+	row.Switch.Stuck = ""
 	s.Roles[role] = row
 	return nil
 }
@@ -224,6 +342,34 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 	row.Active, row.Epoch, row.Phase, row.Switch = active, epoch, PhaseOpen, nil
 	s.Roles[role] = row
 }
+
+// together are the roles that the switch of this one has in hand, in its order;
+// none if there is no switch.
+func (s *State) together(role string) []string {
+	sw := s.Roles[role].Switch
+	if sw == nil {
+		return nil
+	}
+	if len(sw.Roles) == 0 {
+		return []string{role} // written by an earlier version
+	}
+	return slices.DeleteFunc(slices.Clone(sw.Roles), func(other string) bool {
+		with := s.Roles[other].Switch
+		return with == nil || with.Number != sw.Number
+	})
+}
+
+// each applies a rule to roles that are switched together: to all or to none.
+func each(roles []string, rule func(role string) error) error {
+	for _, role := range roles {
+		if err := rule(role); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func listed(roles []string) string { return strings.Join(roles, ", ") }
 
 // confirmClean clears a role's residues on the operator's word.
 func (r rules) confirmClean(s *State, role string) error {

@@ -21,6 +21,7 @@ import (
 const (
 	defaultHoldWindow = 25 * time.Second // below the 30 s after which stock clients give up a login
 	defaultBudget     = 20 * time.Second // below the window, so that an abort in time refuses nobody
+	defaultReserve    = 5 * time.Second
 	defaultMaxParked  = 20000
 )
 
@@ -57,6 +58,11 @@ type Options struct {
 	// SwitchBudget is how long a role may be held before its switch is
 	// aborted. It should be smaller than HoldWindow. Default 20 s.
 	SwitchBudget time.Duration
+	// UndoReserve is the part of SwitchBudget that is kept for undoing, where a
+	// role has hooks that undo. Default 5 s.
+	UndoReserve time.Duration
+	// Hooks runs the hooks that Roles name. It may be nil if they name none.
+	Hooks Hooks
 	// ResidueMaxAge is after how long work whose end nobody saw is taken to
 	// have ended: an assumption. 0 means never.
 	ResidueMaxAge time.Duration
@@ -82,7 +88,6 @@ func NewID(name string) string {
 type Table struct {
 	opt   Options
 	rules rules
-	hooks hooks
 	log   *zap.Logger
 	site  siteConfig
 
@@ -143,6 +148,9 @@ func newTable(opt Options) (*Table, *State, error) {
 	}
 	if opt.SwitchBudget == 0 {
 		opt.SwitchBudget = defaultBudget
+	}
+	if opt.UndoReserve == 0 {
+		opt.UndoReserve = defaultReserve
 	}
 	if opt.MaxParked == 0 {
 		opt.MaxParked = defaultMaxParked

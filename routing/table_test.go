@@ -141,7 +141,7 @@ func TestHoldWindow(t *testing.T) {
 		// The abort and the next hold are one flip.
 		h.site.observe(func(_, now *State) {
 			if row := now.Roles["ma01"]; row.Phase == PhaseOpen {
-				rules{}.hold(now, "ma01", "b", "test", "again", time.Now(), false)
+				rules{}.hold(now, []string{"ma01"}, order{to: "b", who: "test", why: "again"}, time.Now())
 			}
 		})
 		err := <-refused

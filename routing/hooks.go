@@ -1,0 +1,159 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Hooks runs the site's programs, which a switch calls in its phases.
+type Hooks interface {
+	// Run runs a hook to its end; when ctx ends it ends the hook, so that
+	// nothing of it runs here any more when Run returns. output is the end of
+	// what the hook wrote. ErrTryAgain says that it could not do its work yet.
+	Run(ctx context.Context, call HookCall) (output string, err error)
+}
+
+// ErrTryAgain is a hook's word that it may succeed if it is run again.
+var ErrTryAgain = errors.New("the hook asks to be tried again")
+
+// HookCall is what a hook has to know.
+type HookCall struct {
+	Hook Hook
+	// Roles are switched together, the one that was asked for first; its hooks
+	// are meant.
+	Roles    []string
+	From, To string
+	Number   uint64
+	Epoch    uint64 // that of the first role
+	Attempt  int
+}
+
+// hookRetryAfter is the pause before a hook is tried again.
+const hookRetryAfter = 500 * time.Millisecond
+
+// hookEnd is how a hook ended.
+type hookEnd struct {
+	number uint64
+	run    HookRun
+	err    error
+}
+
+// runHook begins a hook that the row announces already. hookEnded hears of its
+// end.
+func (d *driver) runHook(ctx context.Context, hook Hook, row Row, mine *driving, left time.Duration) {
+	if time.Now().Before(mine.notBefore) {
+		return
+	}
+	if isUndo(hook) || row.canAbort() != "" {
+		left = d.t.opt.SwitchBudget // it must be given its time: there is no other way
+	}
+	call := HookCall{Hook: hook, Roles: mine.roles, From: row.Active, To: row.Switch.To,
+		Number: mine.number, Epoch: row.Epoch, Attempt: row.Switch.Attempt}
+	run := HookRun{Hook: hook, Attempt: row.Switch.Attempt, Began: time.Now()}
+	running, cancel := context.WithTimeout(ctx, left)
+	mine.hook, mine.in, mine.cancel = hook, row.Phase, cancel
+	d.t.log.Info("hook begins", zap.String("hook", string(hook)), zap.String("roles", listed(mine.roles)), zap.Uint64("switch", mine.number))
+	d.running.Go(func() {
+		defer cancel()
+		var err error
+		if d.t.opt.Hooks == nil {
+			err = errors.New("this frontend drives the switch and has no hooks in its configuration")
+		} else {
+			run.Output, err = d.t.opt.Hooks.Run(running, call)
+		}
+		run.Took = time.Since(run.Began)
+		if err != nil {
+			run.Error = err.Error()
+		}
+		select {
+		case d.ended <- hookEnd{mine.number, run, err}:
+		case <-ctx.Done():
+		}
+	})
+}
+
+func isUndo(h Hook) bool { return h == HookUndoDemote || h == HookUndoPromote }
+
+// hookEnded writes down how a hook ended; what follows from it is the next step.
+func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
+	mine, t := d.switches[end.number], d.t
+	fields := []zap.Field{zap.String("hook", string(end.run.Hook)), zap.Uint64("switch", end.number),
+		zap.Duration("took", end.run.Took), zap.String("output", end.run.Output)}
+	if end.err != nil {
+		t.log.Error("hook failed", append(fields, zap.Error(end.err))...)
+	} else {
+		t.log.Info("hook done", fields...)
+	}
+	if mine == nil {
+		return
+	}
+	in := mine.in
+	mine.hook, mine.cancel = "", nil
+	_, err := d.commit(ctx, mine.roles, "hook "+string(end.run.Hook), func(s *State, role string) error {
+		return t.rules.ran(s, role, mine.number, end.run)
+	})
+	row := t.Snapshot().Roles[mine.roles[0]]
+	switch {
+	case err != nil:
+		t.log.Error("writing down how a hook ended; it is run again", zap.Error(err))
+		mine.notBefore = time.Now().Add(retryAfter)
+	case row.Switch == nil || row.Phase != in: // aborted under it
+	case end.err == nil:
+		mine.retrying = time.Time{}
+		d.hookDone(mine, row, end.run.Hook)
+	case isUndo(end.run.Hook) || row.canAbort() != "":
+		d.retry(ctx, mine, end)
+	case errors.Is(end.err, ErrTryAgain):
+		mine.notBefore = time.Now().Add(hookRetryAfter)
+	case end.run.Hook == HookProve:
+		mine.proved = true // it has not shown it; the demotion may
+	default:
+		mine.failed = fmt.Sprintf("hook %s failed: %s", end.run.Hook, hookError(end.run))
+	}
+}
+
+func (d *driver) hookDone(mine *driving, row Row, hook Hook) {
+	switch {
+	case hook == HookProve:
+		mine.proved = true
+	case isUndo(hook):
+		mine.undone = row.Switch.Begun[len(row.Switch.Begun)-1]
+	default:
+		mine.ran = row.Phase
+	}
+}
+
+// retry runs a hook again to which there is no alternative, for as long as a
+// switch may take; then the operator has to see to it.
+func (d *driver) retry(ctx context.Context, mine *driving, end hookEnd) {
+	now := time.Now()
+	if mine.retrying.IsZero() {
+		mine.retrying = now
+	}
+	if now.Sub(mine.retrying) < d.t.opt.SwitchBudget {
+		mine.notBefore = now.Add(retryAfter)
+		return
+	}
+	mine.retrying = time.Time{}
+	why := fmt.Sprintf("hook %s failed: %s; see to it, then `posthouse switch --resume %s`", end.run.Hook, hookError(end.run), mine.roles[0])
+	_, err := d.commit(ctx, mine.roles, "waiting for the operator", func(s *State, role string) error {
+		return d.t.rules.stick(s, role, mine.number, why)
+	})
+	if err != nil {
+		d.t.log.Error("writing down that a switch is stuck", zap.Error(err))
+	}
+}
+
+// hookError is how a hook failed, with its last line.
+func hookError(run HookRun) string {
+	lines := strings.Split(strings.TrimSpace(run.Output), "\n")
+	if last := lines[len(lines)-1]; last != "" {
+		return run.Error + ": " + last
+	}
+	return run.Error
+}
