@@ -262,7 +262,7 @@ func (d *driver) stepSwitch(ctx context.Context, s *State, roles []string, row R
 	case moveReopen:
 		return d.commit(ctx, roles, "reopening", func(s *State, role string) error { return t.rules.reopen(s, role, now) })
 	case moveRun, moveUndo:
-		d.runHook(ctx, Hook(why), row, mine, left)
+		d.runHook(ctx, s, Hook(why), row, mine, left)
 	}
 	return false, nil
 }

@@ -236,6 +236,7 @@ func (t *Table) stayLocked(g *gate, user string, row Row) *Stay {
 	s := &Stay{User: user, Role: g.role, Backend: row.Active, Epoch: row.Epoch, Since: time.Now(),
 		table: t, gate: g, revoked: make(chan struct{})}
 	g.stays[s] = struct{}{}
+	g.see(user)
 	g.places[place{s.Backend, s.Epoch}]++
 	t.inside++
 	return s

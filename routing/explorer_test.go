@@ -299,10 +299,10 @@ func (e *explorer) apply(s *State, op storeOp) error {
 		return e.r.register(s, id, f)
 	case "ack":
 		defer restore(effectAck)
-		return e.r.ack(s, id, "r", uint64(op.epoch), residuesOf(op.residues))
+		return e.r.ack(s, id, "r", uint64(op.epoch), handed{residues: residuesOf(op.residues)})
 	case "goodbye":
 		defer restore(effectGoodbye)
-		return e.r.goodbye(s, id, map[string][]Residue{"r": residuesOf(op.residues)})
+		return e.r.goodbye(s, id, map[string]handed{"r": {residues: residuesOf(op.residues)}})
 	case "bury":
 		defer restore(effectBury)
 		return e.r.bury(s, id, now)

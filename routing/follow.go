@@ -278,16 +278,16 @@ func (t *Table) ack(ctx context.Context) error {
 	v := t.view.Load()
 	for _, role := range sortedKeys(v.state.Roles) {
 		row := v.state.Roles[role]
-		id, residues, due := t.ackDue(v, role, row)
+		id, hand, due := t.ackDue(v, role, row)
 		if !due {
 			continue
 		}
-		s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.ack(s, id, role, row.Epoch, residues) })
+		s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.ack(s, id, role, row.Epoch, hand) })
 		switch {
 		case errors.Is(err, ErrConflict): // the switch is over; the next view says more
-			t.putBack(role, residues)
+			t.putBack(role, hand)
 		case err != nil:
-			t.putBack(role, residues)
+			t.putBack(role, hand)
 			errs = append(errs, fmt.Errorf("acking epoch %d of role %s: %w", row.Epoch, role, err))
 		default:
 			t.install(s, false)
@@ -296,31 +296,27 @@ func (t *Table) ack(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// ackDue takes the residues out of the gate if an ack can go out now.
-func (t *Table) ackDue(v *view, role string, row Row) (id string, residues []Residue, due bool) {
+// ackDue takes out of the gate what goes with an ack, if one can go out now.
+func (t *Table) ackDue(v *view, role string, row Row) (id string, hand handed, due bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.view.Load() != v {
-		return "", nil, false // a poke is on its way
+		return "", handed{}, false // a poke is on its way
 	}
 	g := t.gateLocked(role)
 	p := t.presenceLocked(g, v, row)
 	if !wantsAck(row, p) || t.rules.mayAck(row, p) != "" {
-		return "", nil, false
+		return "", handed{}, false
 	}
 	t.pruneLocked(g)
-	residues = g.list()
-	clear(g.residues)
-	return t.id, residues, true
+	return t.id, g.handOver(), true
 }
 
-// putBack keeps the residues of an ack that did not reach the store.
-func (t *Table) putBack(role string, residues []Residue) {
+// putBack keeps what was to go with an ack that did not reach the store.
+func (t *Table) putBack(role string, hand handed) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, r := range residues {
-		t.gateLocked(role).add(r)
-	}
+	t.gateLocked(role).putBack(hand)
 }
 
 // ID is this frontend's ID. It changes only if the registration is lost.

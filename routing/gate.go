@@ -121,6 +121,9 @@ type gate struct {
 	parked map[*login]struct{}
 	// residues of ended stays, not yet handed to the store.
 	residues map[residueKey]Residue
+	// seen are the users who had stays, not yet handed in; any if seenAll.
+	seen    map[string]struct{}
+	seenAll bool
 	// wake is closed, and replaced, when a parked login should look again.
 	wake chan struct{}
 }
@@ -134,7 +137,7 @@ type residueKey struct{ backend, user string }
 
 func newGate(role string) *gate {
 	return &gate{role: role, stays: make(map[*Stay]struct{}), places: make(map[place]int),
-		parked: make(map[*login]struct{}), residues: make(map[residueKey]Residue), wake: make(chan struct{})}
+		parked: make(map[*login]struct{}), residues: make(map[residueKey]Residue), seen: make(map[string]struct{}), wake: make(chan struct{})}
 }
 
 // presence counts the gate's stays against row.

@@ -31,6 +31,9 @@ type HookCall struct {
 	Number   uint64
 	Epoch    uint64 // that of the first role
 	Attempt  int
+	// Seen are the users of all the roles whose mail may have changed since
+	// their last switch.
+	Seen Seen
 }
 
 // hookRetryAfter is the pause before a hook is tried again.
@@ -45,7 +48,7 @@ type hookEnd struct {
 
 // runHook begins a hook that the row announces already. hookEnded hears of its
 // end.
-func (d *driver) runHook(ctx context.Context, hook Hook, row Row, mine *driving, left time.Duration) {
+func (d *driver) runHook(ctx context.Context, s *State, hook Hook, row Row, mine *driving, left time.Duration) {
 	if time.Now().Before(mine.notBefore) {
 		return
 	}
@@ -54,6 +57,9 @@ func (d *driver) runHook(ctx context.Context, hook Hook, row Row, mine *driving,
 	}
 	call := HookCall{Hook: hook, Roles: mine.roles, From: row.Active, To: row.Switch.To,
 		Number: mine.number, Epoch: row.Epoch, Attempt: row.Switch.Attempt}
+	for _, role := range mine.roles {
+		call.Seen = call.Seen.merge(s.Roles[role].Seen)
+	}
 	run := HookRun{Hook: hook, Attempt: row.Switch.Attempt, Began: time.Now()}
 	running, cancel := context.WithTimeout(ctx, left)
 	mine.hook, mine.in, mine.cancel = hook, row.Phase, cancel

@@ -110,11 +110,11 @@ func TestDecide(t *testing.T) {
 	s := table(t)
 	mustHold(t, s)
 	acked := s.Clone()
-	if err := (rules{}).ack(acked, "f.1", "r", 5, nil); err != nil {
+	if err := (rules{}).ack(acked, "f.1", "r", 5, handed{}); err != nil {
 		t.Fatal(err)
 	}
 	dirty := s.Clone()
-	if err := (rules{}).ack(dirty, "f.1", "r", 5, []Residue{{Backend: "a", User: "u"}}); err != nil {
+	if err := (rules{}).ack(dirty, "f.1", "r", 5, handed{residues: []Residue{{Backend: "a", User: "u"}}}); err != nil {
 		t.Fatal(err)
 	}
 	hooked := table(t)
@@ -122,7 +122,7 @@ func TestDecide(t *testing.T) {
 	proving := table(t)
 	mustHold(t, proving, HookProve)
 	for _, s := range []*State{hooked, proving} {
-		if err := (rules{}).ack(s, "f.1", "r", 5, []Residue{{Backend: "a", User: "u"}}); err != nil {
+		if err := (rules{}).ack(s, "f.1", "r", 5, handed{residues: []Residue{{Backend: "a", User: "u"}}}); err != nil {
 			t.Fatal(err)
 		}
 	}

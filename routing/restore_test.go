@@ -237,7 +237,7 @@ func (e *lostExplorer) expandProc(w *lostWorld, i int) {
 		has.onDisk = isHeldOnDisk(at, w.Disk.Roles["r"])
 	}
 	if wantsAck(at, has) && e.r.mayAck(at, has) == "" {
-		if s := e.update(w.Store, fmt.Sprint("ack ", id, at.Epoch), func(s *State) error { return e.r.ack(s, id, "r", at.Epoch, nil) }); s != nil {
+		if s := e.update(w.Store, fmt.Sprint("ack ", id, at.Epoch), func(s *State) error { return e.r.ack(s, id, "r", at.Epoch, handed{}) }); s != nil {
 			visit(p, s, w.Disk, "acks")
 		}
 	}

@@ -71,7 +71,8 @@ func (r rules) seed(s *State, roles map[string]RoleConfig, knows func(role strin
 		if c.Active == "" || knows(name) {
 			continue
 		}
-		s.Roles[name] = Row{Members: slices.Sorted(slices.Values(c.Members)), Active: c.Active, Epoch: 1, Phase: PhaseOpen}
+		// Who was there before posthouse nobody knows.
+		s.Roles[name] = Row{Members: slices.Sorted(slices.Values(c.Members)), Active: c.Active, Epoch: 1, Phase: PhaseOpen, Seen: Seen{All: true}}
 	}
 }
 
@@ -146,19 +147,18 @@ func (s *State) roleWith(backend string) string {
 	return ""
 }
 
-// goodbye ends a registration: nobody is inside any more, and what may still
-// run is in residues, by role.
-func (r rules) goodbye(s *State, id string, residues map[string][]Residue) error {
+// goodbye ends a registration: nobody is inside any more. hands are by role.
+func (r rules) goodbye(s *State, id string, hands map[string]handed) error {
 	if _, ok := s.Frontends[id]; !ok {
 		return fmt.Errorf("%w: frontend %s is not registered", ErrConflict, id)
 	}
 	delete(s.Frontends, id)
-	for role, add := range residues {
+	for role, hand := range hands {
 		row, ok := s.Roles[role]
 		if !ok {
 			continue
 		}
-		row.Residues = mergeResidues(row.Residues, add)
+		row.take(hand)
 		s.Roles[role] = row
 	}
 	return nil
@@ -175,7 +175,9 @@ func (r rules) bury(s *State, id string, now time.Time) error {
 	}
 	delete(s.Frontends, id)
 	for role, row := range s.Roles {
-		row.Residues = mergeResidues(row.Residues, r.unknownResidues(row, id, f.Floors[role], now))
+		if rest := r.unknownResidues(row, id, f.Floors[role], now); len(rest) > 0 {
+			row.take(handed{rest, Seen{All: true}}) // whom it had seen is lost too (safety 23)
+		}
 		s.Roles[role] = row
 	}
 	return nil

@@ -60,9 +60,9 @@ func TestRulesRefuse(t *testing.T) {
 			func(s *State) error { return r.advance(s, "r", PhaseHold, now) }, "f.1"},
 		{"open: not switched", nil, func(s *State) error { return r.open(s, "r", now) }, "its phase is open"},
 		{"abort: not switched", nil, func(s *State) error { return r.abort(s, "r", "", now) }, "is open"},
-		{"ack: of an open role", nil, func(s *State) error { return r.ack(s, "f.1", "r", 4, nil) }, "no ack of 4"},
-		{"ack: of another epoch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.1", "r", 4, nil) }, "no ack of 4"},
-		{"ack: by a stranger", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.2", "r", 5, nil) }, "not registered"},
+		{"ack: of an open role", nil, func(s *State) error { return r.ack(s, "f.1", "r", 4, handed{}) }, "no ack of 4"},
+		{"ack: of another epoch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.1", "r", 4, handed{}) }, "no ack of 4"},
+		{"ack: by a stranger", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.2", "r", 5, handed{}) }, "not registered"},
 		{"register: twice", nil, func(s *State) error { return r.register(s, "f.1", Frontend{}) }, "never reused"},
 		{"goodbye: by a stranger", nil, func(s *State) error { return r.goodbye(s, "f.2", nil) }, "not registered"},
 		{"members: without the active", nil, func(s *State) error { return r.setMembers(s, "r", []string{"b", "c"}) }, "its active a"},
@@ -98,7 +98,7 @@ func TestNoWayBackFromPromote(t *testing.T) {
 	} {
 		s := table(t)
 		mustHold(t, s, c.hooks...)
-		if err := errors.Join(r.ack(s, "f.1", "r", 5, nil), r.advance(s, "r", PhaseHold, explorerTime)); err != nil {
+		if err := errors.Join(r.ack(s, "f.1", "r", 5, handed{}), r.advance(s, "r", PhaseHold, explorerTime)); err != nil {
 			t.Fatal(err)
 		}
 		if got := s.Roles["r"].Phase; got != PhasePromote {

@@ -121,7 +121,9 @@ func TestSafety04OnlyProofClears(t *testing.T) {
 		func() error {
 			return r.hold(s, []string{"r"}, order{to: "b", hooks: AllHooks}, now)
 		},
-		func() error { return r.ack(s, "f", "r", 2, []Residue{{Backend: "a", User: "u", Since: now}}) },
+		func() error {
+			return r.ack(s, "f", "r", 2, handed{residues: []Residue{{Backend: "a", User: "u", Since: now}}})
+		},
 		func() error { return r.advance(s, "r", PhaseHold, now) },
 		func() error { return r.advance(s, "r", PhaseDemote, now) },
 		func() error { return r.advance(s, "r", PhaseCatchUp, now) },

@@ -65,9 +65,19 @@ type Row struct {
 	// Residues are works that may still run on a backend though their stay
 	// has ended. They outlive frontends, drivers and switches.
 	Residues []Residue `json:"residues,omitempty"`
+	// Seen are the users whose mail may have changed since the role's last
+	// switch: those who had stays, as far as frontends have handed them in.
+	Seen Seen `json:"seen,omitzero"`
 	// Doubt is set if a frontend knew this role better than the store does:
 	// the store was wiped or restored. `posthouse roles init` ends it.
 	Doubt *Doubt `json:"doubt,omitempty"`
+}
+
+// Seen is a set of users.
+type Seen struct {
+	// All: any user may be in it. Then Users is empty.
+	All   bool     `json:"all,omitempty"`
+	Users []string `json:"users,omitempty"` // sorted, each once
 }
 
 // Doubt says why a row of the store is not to be believed.
@@ -206,6 +216,7 @@ func (s *State) Clone() *State {
 func (r Row) clone() Row {
 	r.Members = slices.Clone(r.Members)
 	r.Residues = slices.Clone(r.Residues)
+	r.Seen.Users = slices.Clone(r.Seen.Users)
 	if r.Switch != nil {
 		sw := *r.Switch
 		sw.Begun = slices.Clone(sw.Begun)

@@ -121,20 +121,20 @@ func (r rules) group(s *State, role, to string, config RoleConfig) ([]string, er
 		case other == role:
 		case with.Active == row.Active && !slices.Contains(with.Members, to):
 			return nil, fmt.Errorf("%w: role %s: %s serves role %s too, which has no copy on %s, and the hooks may restart it: "+
-				"make %s a member there, or state that the hooks touch nothing else (hooks_scope: role)", ErrConflict, role, row.Active, other, to, to)
+				"make %s a member there, or state that the hooks touch nothing else (scope: role)", ErrConflict, role, row.Active, other, to, to)
 		case with.Active == row.Active:
 			group = append(group, other)
 		case with.Active == to:
 			return nil, fmt.Errorf("%w: role %s: %s serves role %s, and the hooks may restart it: "+
-				"state that they touch nothing else (hooks_scope: role)", ErrConflict, role, to, other)
+				"state that they touch nothing else (scope: role)", ErrConflict, role, to, other)
 		}
 	}
 	return group, nil
 }
 
 // ack raises a frontend's floor: nobody is inside it below epoch, and never
-// will be. What may still run of the stays that ended comes with it.
-func (r rules) ack(s *State, id, role string, epoch uint64, residues []Residue) error {
+// will be.
+func (r rules) ack(s *State, id, role string, epoch uint64, hand handed) error {
 	row, err := s.row(role)
 	if err != nil {
 		return err
@@ -150,7 +150,7 @@ func (r rules) ack(s *State, id, role string, epoch uint64, residues []Residue) 
 	}
 	f.Floors[role] = epoch
 	s.Frontends[id] = f
-	row.Residues = mergeResidues(row.Residues, residues)
+	row.take(hand)
 	s.Roles[role] = row
 	return nil
 }
@@ -340,6 +340,9 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 		s.History = slices.Delete(s.History, 0, n)
 	}
 	row.Active, row.Epoch, row.Phase, row.Switch = active, epoch, PhaseOpen, nil
+	if done {
+		row.Seen = Seen{} // the catch-up has looked at them
+	}
 	s.Roles[role] = row
 }
 

@@ -249,12 +249,12 @@ func (t *Table) Close(ctx context.Context) error {
 	t.stop()
 	t.running.Wait()
 
-	id, residues := t.evict()
+	id, hands := t.evict()
 	_, err := t.opt.Store.Update(ctx, func(s *State) error {
-		if _, ok := s.Frontends[id]; !ok && len(residues) == 0 {
+		if _, ok := s.Frontends[id]; !ok && len(hands) == 0 {
 			return errNothing
 		}
-		return t.rules.goodbye(s, id, residues)
+		return t.rules.goodbye(s, id, hands)
 	})
 	t.tellAll()
 	if err != nil && !errors.Is(err, errNothing) {
@@ -263,22 +263,22 @@ func (t *Table) Close(ctx context.Context) error {
 	return nil
 }
 
-// evict ends the stays that remain and returns everything that may still run.
-func (t *Table) evict() (id string, residues map[string][]Residue) {
+// evict ends the stays that remain and returns what is to be handed in, by role.
+func (t *Table) evict() (id string, hands map[string]handed) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	residues = make(map[string][]Residue)
+	hands = make(map[string]handed)
 	for role, g := range t.gates {
 		for s := range g.stays {
 			s.revokeLocked()
 			t.leaveLocked(g, s, End{Why: "the frontend was stopped"})
 		}
 		t.pruneLocked(g)
-		if list := g.list(); len(list) > 0 {
-			residues[role] = list
+		if h := g.handOver(); !h.isEmpty() {
+			hands[role] = h
 		}
 	}
-	return t.id, residues
+	return t.id, hands
 }
 
 // pruneLocked forgets residues that are old enough.

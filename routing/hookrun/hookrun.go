@@ -1,0 +1,138 @@
+// Package hookrun runs a site's hooks as commands.
+package hookrun
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/posthouse/posthouse/routing"
+)
+
+const (
+	// tempFail is EX_TEMPFAIL of sysexits(3).
+	tempFail = 75
+	// outputKept is how much of a hook's output goes into the history.
+	outputKept = 1024
+	// killAfter is how long a hook has after SIGTERM.
+	killAfter = time.Second
+)
+
+// Commands are a role's hooks: the program and its arguments, by hook.
+type Commands map[routing.Hook][]string
+
+// Runner is a routing.Hooks.
+type Runner struct {
+	// Roles are the commands of each role.
+	Roles map[string]Commands
+}
+
+var _ routing.Hooks = (*Runner)(nil)
+
+// Run runs the command that the first role has for the hook: without a shell, in
+// a process group of its own, with posthouse's environment and
+//
+//	POSTHOUSE_ROLE     the role that is switched
+//	POSTHOUSE_ROLES    all roles that are switched with it, separated by spaces
+//	POSTHOUSE_FROM     the backend that serves it, or did last; empty if nobody knows
+//	POSTHOUSE_TO       the backend that shall
+//	POSTHOUSE_SWITCH   the number of the switch
+//	POSTHOUSE_EPOCH    the epoch of the role; it grows with every switch
+//	POSTHOUSE_STEP     demote, prove, catch_up, promote, undo_demote, undo_promote
+//	POSTHOUSE_ATTEMPT  which driver of the switch asks: 1, 2, …
+//
+// Exit status 75 is routing.ErrTryAgain, any other but 0 an error. When ctx ends,
+// the group gets SIGTERM, and SIGKILL a second later. Run returns when the
+// command has ended; what it has left in the background is killed.
+func (r *Runner) Run(ctx context.Context, call routing.HookCall) (output string, err error) {
+	if len(call.Roles) == 0 {
+		return "", errors.New("a hook for no role")
+	}
+	argv := r.Roles[call.Roles[0]][call.Hook]
+	if len(argv) == 0 {
+		return "", fmt.Errorf("this frontend has no %s hook for role %s in its configuration, and drives the switch", call.Hook, call.Roles[0])
+	}
+	var out tail
+	cmd := exec.Command(argv[0], argv[1:]...)
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.Env = append(os.Environ(),
+		"POSTHOUSE_ROLE="+call.Roles[0], "POSTHOUSE_ROLES="+strings.Join(call.Roles, " "),
+		"POSTHOUSE_FROM="+call.From, "POSTHOUSE_TO="+call.To,
+		"POSTHOUSE_SWITCH="+strconv.FormatUint(call.Number, 10), "POSTHOUSE_EPOCH="+strconv.FormatUint(call.Epoch, 10),
+		"POSTHOUSE_STEP="+string(call.Hook), "POSTHOUSE_ATTEMPT="+strconv.Itoa(call.Attempt))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// A grandchild that holds the output open must not keep the switch waiting.
+	cmd.WaitDelay = killAfter
+	if err := cmd.Start(); err != nil {
+		return "", err
+	}
+	ended := make(chan struct{})
+	var killing sync.WaitGroup
+	killing.Go(func() { endGroup(ctx, cmd.Process.Pid, ended) })
+	err = cmd.Wait()
+	close(ended)
+	killing.Wait()
+	var exit *exec.ExitError
+	switch {
+	case ctx.Err() != nil:
+		err = fmt.Errorf("ended by us: %w", ctx.Err())
+	case errors.As(err, &exit) && exit.ExitCode() == tempFail:
+		err = fmt.Errorf("%w (exit status %d)", routing.ErrTryAgain, tempFail)
+	case errors.Is(err, exec.ErrWaitDelay):
+		err = nil // it has ended with 0
+	}
+	return out.String(), err
+}
+
+// endGroup ends a process group when ctx ends, and what is left of it once its
+// leader has ended.
+func endGroup(ctx context.Context, pid int, ended <-chan struct{}) {
+	select {
+	case <-ended:
+	case <-ctx.Done():
+		_ = syscall.Kill(-pid, syscall.SIGTERM) // fails if it has just ended
+		timer := time.NewTimer(killAfter)
+		defer timer.Stop()
+		select {
+		case <-ended:
+		case <-timer.C:
+		}
+	}
+	_ = syscall.Kill(-pid, syscall.SIGKILL)
+}
+
+// tail keeps the end of what is written to it.
+type tail struct {
+	mu   sync.Mutex
+	kept []byte
+	lost bool
+}
+
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.kept = append(t.kept, p...)
+	if n := len(t.kept) - outputKept; n > 0 {
+		t.kept, t.lost = append(t.kept[:0], t.kept[n:]...), true
+	}
+	return len(p), nil
+}
+
+// String is what was kept, fit for a log and for JSON.
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := strings.ToValidUTF8(string(bytes.TrimSpace(t.kept)), "\uFFFD")
+	if t.lost {
+		s = "… " + s
+	}
+	return s
+}
