@@ -245,15 +245,6 @@ type Login struct {
 	Style string `yaml:"style"`
 }
 
-// Role is a group of mailboxes that lives on one backend at a time.
-type Role struct {
-	// Members are the backends that hold a copy, each once; at least one.
-	Members []string `yaml:"members"`
-	// Active is the member that serves the role at first. It seeds an empty
-	// store only; afterwards the table decides.
-	Active string `yaml:"active"`
-}
-
 // Admin is the operator's access.
 type Admin struct {
 	// Socket is the path of the admin API's unix socket. Default
@@ -305,6 +296,9 @@ type Limits struct {
 	// counted from when it first waits. Default 25s: common clients give up
 	// after 30.
 	HoldWindow time.Duration `yaml:"hold_window"`
+	// UndoReserve is the part of SwitchBudget that is kept for undoing, where a
+	// role has hooks that undo; less than SwitchBudget. Default 5s.
+	UndoReserve time.Duration `yaml:"undo_reserve"`
 	// SwitchBudget is the time for drain, hooks and undo of a switch together;
 	// less than HoldWindow, so that a switch that fails has refused nobody.
 	// Default 20s.
@@ -440,6 +434,7 @@ func Default() *Config {
 			AuthFailureDelay:    2 * time.Second,
 			HoldWindow:          25 * time.Second,
 			SwitchBudget:        20 * time.Second,
+			UndoReserve:         5 * time.Second,
 			DrainTimeout:        10 * time.Second,
 			ShutdownTimeout:     30 * time.Second,
 			ResidueMaxAge:       15 * time.Minute,

@@ -150,7 +150,8 @@ func TestGood(t *testing.T) {
 		"c": {IMAP: "mail.example.net:143", Sieve: "mail.example.net:4190", TLS: tls, Login: Login{Style: StyleReplay}, Done: DoneLogout,
 			InsecurePlaintext: true},
 	}
-	want.Roles = map[string]Role{"ma01": {[]string{"a", "b.two"}, "b.two"}}
+	want.Roles = map[string]Role{"ma01": {Members: []string{"a", "b.two"}, Active: "b.two", Scope: ScopeRole, Hooks: Hooks{
+		Demote: []string{"/bin/sh", "-c", "exit 75"}, UndoDemote: []string{"/bin/true"}}}}
 	want.Admin = Admin{Socket: dir + "/admin.sock", SocketMode: 0o660}
 	want.Limits.ResidueMaxAge = 0
 	want.Limits.AuthFailureDelay = 0
@@ -286,11 +287,11 @@ func TestDefaults(t *testing.T) {
 		Directory: []Directory{{"file", dir + "/users.map"}},
 		Usernames: Usernames{Lowercase: true},
 		Backends:  map[string]Backend{"a": {IMAP: "10.0.0.1:143", TLS: BackendTLS{Mode: "starttls"}, Login: Login{Style: "replay"}, Done: "logout"}},
-		Roles:     map[string]Role{"r": {[]string{"a"}, "a"}},
+		Roles:     map[string]Role{"r": {Members: []string{"a"}, Active: "a"}},
 		Admin:     Admin{"/run/posthouse/admin.sock", 0o600, ""},
 		Limits: Limits{
 			PreauthTimeout: time.Minute, AuthTries: 3, BadCommands: 10, AuthFailureDelay: 2 * time.Second,
-			HoldWindow: 25 * time.Second, SwitchBudget: 20 * time.Second, DrainTimeout: 10 * time.Second,
+			HoldWindow: 25 * time.Second, SwitchBudget: 20 * time.Second, UndoReserve: 5 * time.Second, DrainTimeout: 10 * time.Second,
 			ShutdownTimeout: 30 * time.Second, ResidueMaxAge: 15 * time.Minute, IdleTimeout: 35 * time.Minute,
 			ConnectTimeout: 5 * time.Second, BackendLoginTimeout: 30 * time.Second, BackendLogins: 64,
 			MaxConnections: 100000, MaxConnectionsPerIP: 1000, MaxParked: 20000,

@@ -229,6 +229,7 @@ func (v *validation) role(path, name string, r Role) {
 			v.faultAt(at, quote(member)+" is listed twice", "delete one of them")
 		}
 	}
+	v.hooks(path, r)
 	switch {
 	case r.Active == "":
 		v.faultAt(path+".active", "is missing", "name the member that serves the role at first")

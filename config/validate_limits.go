@@ -18,6 +18,7 @@ func (v *validation) limits() {
 	v.positive("limits", v.cfg.Limits)
 	l := v.cfg.Limits
 	v.less("switch_budget", l.SwitchBudget, "hold_window", l.HoldWindow, "a switch that fails must not have refused anybody")
+	v.less("undo_reserve", l.UndoReserve, "switch_budget", l.SwitchBudget, "a switch needs time to go forward")
 	v.less("drain_timeout", l.DrainTimeout, "switch_budget", l.SwitchBudget, "a switch needs time left after the drain")
 	v.less("auth_failure_delay", l.AuthFailureDelay, "preauth_timeout", l.PreauthTimeout, "nobody could try twice")
 	v.less("drain_timeout", l.DrainTimeout, "shutdown_timeout", l.ShutdownTimeout+1, "sessions could not be drained at the end")

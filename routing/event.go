@@ -17,6 +17,8 @@ const (
 	EventResidue      EventKind = "residue"      // a stay ended without proof
 	EventAcked        EventKind = "acked"        // a frontend has nobody inside below the epoch
 	EventPhase        EventKind = "phase"        // a hook phase was entered
+	EventHook         EventKind = "hook"         // a hook has ended; Text says how
+	EventStuck        EventKind = "stuck"        // a switch waits for the operator
 	EventOpened       EventKind = "opened"       // the new active serves
 	EventAborted      EventKind = "aborted"      // the old active serves again
 	EventDoubt        EventKind = "doubt"        // the store went back
@@ -98,7 +100,9 @@ func (t *Table) logEvent(e Event) {
 		t.log.Error("role disagreement: the directory has another role than the user was last in; the old one stays until `posthouse move`", fields...)
 	case EventBuried:
 		t.log.Warn("frontend ended without a goodbye: unknown work of its users may still run", fields...)
-	case EventHeld, EventPhase, EventOpened, EventAborted:
+	case EventStuck:
+		t.log.Error("role is held by a switch that goes neither on nor back", fields...)
+	case EventHeld, EventPhase, EventHook, EventOpened, EventAborted:
 		t.log.Info("role "+string(e.Kind), fields...)
 	default:
 		t.log.Debug("role "+string(e.Kind), fields...)
@@ -131,10 +135,35 @@ func changes(old, now *State) []Event {
 	return events
 }
 
+// hookChanges tells of hooks that have ended within one switch, once for all its
+// roles.
+func hookChanges(role string, was *Switch, is Row) []Event {
+	sw := is.Switch
+	if len(sw.Roles) > 0 && sw.Roles[0] != role {
+		return nil
+	}
+	e := Event{Role: role, Backend: is.Active, To: sw.To, Epoch: is.Epoch, Number: sw.Number}
+	var events []Event
+	for _, run := range sw.Runs {
+		if len(was.Runs) == 0 || run.Began.After(was.Runs[len(was.Runs)-1].Began) {
+			e.Kind, e.Text = EventHook, run.String()
+			events = append(events, e)
+		}
+	}
+	if sw.Stuck != "" && was.Stuck == "" {
+		e.Kind, e.Text = EventStuck, sw.Stuck
+		events = append(events, e)
+	}
+	return events
+}
+
 func roleChanges(role string, was, is Row) []Event {
 	var events []Event
 	if is.Doubt != nil && was.Doubt == nil {
 		events = append(events, Event{Kind: EventDoubt, Role: role, Epoch: is.Doubt.Known, Text: is.Doubt.Why})
+	}
+	if is.Switch != nil && was.Switch != nil && was.Switch.Number == is.Switch.Number {
+		events = append(events, hookChanges(role, was.Switch, is)...)
 	}
 	if is.Switch == nil || was.Switch != nil && was.Switch.Number == is.Switch.Number && was.Phase == is.Phase {
 		return events

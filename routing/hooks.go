@@ -163,3 +163,15 @@ func hookError(run HookRun) string {
 	}
 	return run.Error
 }
+
+// String is the run in a line, with what it wrote below.
+func (run HookRun) String() string {
+	text := fmt.Sprintf("%s took %v", run.Hook, run.Took.Round(time.Millisecond))
+	if run.Error != "" {
+		text += ", FAILED: " + run.Error
+	}
+	for line := range strings.Lines(run.Output) {
+		text += "\n     | " + strings.TrimRight(line, "\n")
+	}
+	return text
+}

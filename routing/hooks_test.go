@@ -3,6 +3,7 @@ package routing
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -103,6 +104,215 @@ func TestPromoteIsResumed(t *testing.T) {
 			t.Errorf("%d tries, hooks %v", tries, l.ran)
 		}
 		f.stop()
+	})
+}
+
+// A hook that does not succeed at once but says so is run again within the budget.
+func TestHookIsTriedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{fail: map[Hook]error{HookCatchUp: fmt.Errorf("%w: lag", ErrTryAgain)}}
+		tries := 0
+		l.do = map[Hook]func(HookCall){HookCatchUp: func(HookCall) {
+			if tries++; tries == 4 {
+				delete(l.fail, HookCatchUp)
+			}
+		}}
+		f := h.startWith(l, HookCatchUp)
+		f.mustSwitch(toB)
+		if tries != 5 {
+			t.Errorf("%d tries, want 5", tries)
+		}
+		l.fail[HookCatchUp] = ErrTryAgain
+		began := time.Now()
+		f.mustFail(SwitchRequest{Role: "ma01", To: "a"}, "b serves on", "catch-up took too long")
+		if took := time.Since(began); took > defaultBudget+time.Second {
+			t.Errorf("the abort came after %v", took)
+		}
+		f.stop()
+	})
+}
+
+// Safety 4: a residue on the old active is cleared by the hook that stopped it or
+// that shows no process; a hook that cannot show it clears nothing.
+func TestSafety04HooksClearResidues(t *testing.T) {
+	fails := map[Hook]error{HookProve: errors.New("exit status 1")}
+	for name, c := range map[string]struct {
+		has    []Hook
+		fail   map[Hook]error
+		ran    []Hook
+		opens  bool
+		reason string
+	}{
+		"prove":                {[]Hook{HookProve}, nil, []Hook{HookProve}, true, ""},
+		"prove cannot":         {[]Hook{HookProve}, fails, []Hook{HookProve}, false, "u may still run on a"},
+		"demote":               {[]Hook{HookDemote}, nil, []Hook{HookDemote}, true, ""},
+		"prove cannot, demote": {[]Hook{HookProve, HookDemote}, fails, []Hook{HookProve, HookDemote}, true, ""},
+		"catch-up only":        {[]Hook{HookCatchUp, HookUndoDemote}, nil, []Hook{HookCatchUp}, false, "u may still run on a"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newHost(t)
+				l := &hookLog{fail: c.fail}
+				f := h.startWith(l, c.has...)
+				stay := f.enter("alice")
+				go func() {
+					<-stay.Revoked()
+					stay.Leave(End{Why: "no tagged reply: u may still run on a"})
+				}()
+				if c.opens {
+					f.mustSwitch(toB)
+				} else {
+					f.mustFail(toB, c.reason)
+				}
+				if !slices.Equal(l.ran, c.ran) {
+					t.Errorf("hooks %v, want %v", l.ran, c.ran)
+				}
+				f.stop()
+			})
+		})
+	}
+}
+
+// An operator's abort ends the hook at work before anything is undone.
+func TestAbortEndsTheHookAtWork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{slow: map[Hook]time.Duration{HookCatchUp: 10 * time.Second}}
+		f := h.startWith(l, HookDemote, HookCatchUp, HookUndoDemote)
+		go func() {
+			time.Sleep(2 * time.Second)
+			if err := f.Abort(t.Context(), "ma01", "root", "wrong role"); err != nil {
+				t.Error(err)
+			}
+			if err := f.Abort(t.Context(), "ma01", "root", "again"); err == nil {
+				t.Error("aborted twice")
+			}
+		}()
+		began := time.Now()
+		f.mustFail(toB, "aborted by root: wrong role")
+		if want := []Hook{HookDemote, HookCatchUp, HookUndoDemote}; !slices.Equal(l.ran, want) || time.Since(began) > 3*time.Second {
+			t.Errorf("hooks %v after %v, want %v after 2s", l.ran, time.Since(began), want)
+		}
+		f.stop()
+	})
+}
+
+// A switch that can go neither on nor back waits for the operator, and resumes.
+func TestStuckSwitchIsResumed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{fail: map[Hook]error{HookPromote: errors.New("exit status 1")}}
+		f := h.startWith(l, HookPromote)
+		if err := f.Resume(t.Context(), "ma01"); err == nil {
+			t.Error("resumed what does not exist")
+		}
+		go func() {
+			for f.Snapshot().Roles["ma01"].Switch == nil || f.Snapshot().Roles["ma01"].Switch.Stuck == "" {
+				time.Sleep(time.Second)
+			}
+			tries := len(l.ran)
+			time.Sleep(time.Hour)
+			if len(l.ran) != tries {
+				t.Error("a stuck switch ran a hook")
+			}
+			if err := f.Abort(t.Context(), "ma01", "root", ""); err == nil || !strings.Contains(err.Error(), "no undo_promote") {
+				t.Errorf("abort of what has no way back: %v", err)
+			}
+			delete(l.fail, HookPromote)
+			if err := f.Resume(t.Context(), "ma01"); err != nil {
+				t.Error(err)
+			}
+		}()
+		f.mustSwitch(toB)
+		f.stop()
+	})
+}
+
+// Safety 21: what a hook restarts is switched as one, and no half of it.
+func TestSafety21RolesOfABackendAreSwitchedTogether(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.opt.Roles["ma02"] = RoleConfig{Members: []string{"a", "b"}, Active: "a"}
+		h.opt.Roles["ma01"] = RoleConfig{Members: []string{"a", "b"}, Active: "a"}
+		l := &hookLog{site: h.site}
+		l.do = map[Hook]func(HookCall){HookPromote: func(call HookCall) {
+			if !slices.Equal(call.Roles, []string{"ma01", "ma02"}) || !slices.Equal(call.Seen.Users, nil) || !call.Seen.All {
+				t.Errorf("the hook got %+v", call)
+			}
+			for role, row := range h.site.get().Roles {
+				if row.Phase != PhasePromote {
+					t.Errorf("role %s is in phase %s", role, row.Phase)
+				}
+			}
+		}}
+		c := h.opt.Roles["ma01"]
+		c.Hooks = AllHooks
+		h.opt.Roles["ma01"], h.opt.Hooks = c, l
+		f := h.start("f")
+		h.site.observe(func(_, now *State) {
+			if now.Roles["ma01"].Phase != now.Roles["ma02"].Phase || now.Roles["ma01"].Active != now.Roles["ma02"].Active {
+				t.Errorf("one is ahead: %+v", now.Roles)
+			}
+		})
+		f.mustSwitch(toB)
+		if len(l.ran) != 3 {
+			t.Errorf("hooks %v, want each once", l.ran)
+		}
+		l.fail = map[Hook]error{HookCatchUp: errors.New("lag")}
+		f.mustFail(SwitchRequest{Role: "ma01", To: "a"}, "b serves on")
+		for _, role := range []string{"ma01", "ma02"} {
+			if row := f.Snapshot().Roles[role]; row.Active != "b" || row.Phase != PhaseOpen {
+				t.Errorf("%s: %+v", role, row)
+			}
+		}
+		f.stop()
+	})
+}
+
+func TestGroup(t *testing.T) {
+	var r rules
+	config := RoleConfig{Hooks: []Hook{HookDemote}}
+	for name, c := range map[string]struct {
+		other  Row
+		config RoleConfig
+		want   string // the group, or part of the conflict
+	}{
+		"shares the old active":         {Row{Members: []string{"a", "b"}, Active: "a"}, config, "r s"},
+		"no hooks":                      {Row{Members: []string{"a", "b"}, Active: "a"}, RoleConfig{}, "r"},
+		"hooks for the role only":       {Row{Members: []string{"a", "b"}, Active: "a"}, RoleConfig{Hooks: config.Hooks, Scope: ScopeRole}, "r"},
+		"elsewhere":                     {Row{Members: []string{"a", "c"}, Active: "c"}, config, "r"},
+		"no copy on the new active":     {Row{Members: []string{"a", "c"}, Active: "a"}, config, "s too, which has no copy on b"},
+		"on the new active, is touched": {Row{Members: []string{"b"}, Active: "b"}, config, "b serves role s"},
+	} {
+		s := table(t)
+		s.Roles["s"] = c.other
+		group, err := r.group(s, "r", "b", c.config)
+		if got := strings.Join(group, " "); err == nil && got != c.want || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, %v; want %s", name, group, err, c.want)
+		}
+	}
+}
+
+// A driver that takes a switch over has only what the first one has left.
+func TestSuccessorHasWhatIsLeftOfTheBudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{slow: map[Hook]time.Duration{HookCatchUp: time.Hour}}
+		f := h.startWith(l, HookCatchUp)
+		g := h.start("g")
+		ended := make(chan error, 1)
+		began := time.Now()
+		go func() {
+			_, err := g.Switch(t.Context(), toB, nil)
+			ended <- err
+		}()
+		time.Sleep(12 * time.Second)
+		f.stop()
+		if err := <-ended; err == nil || time.Since(began) > defaultBudget+2*time.Second {
+			t.Errorf("%v after %v", err, time.Since(began))
+		}
+		g.stop()
 	})
 }
 

@@ -24,13 +24,18 @@ type SwitchRequest struct {
 // what happens, in order. An error says what refused or blocked the switch.
 func (t *Table) Switch(ctx context.Context, req SwitchRequest, progress func(Event)) (SwitchRecord, error) {
 	return t.begin(ctx, req.Role, progress, func(s *State, now time.Time) error {
-		config := t.opt.Roles[req.Role]
-		roles, err := t.rules.group(s, req.Role, req.To, config)
-		if err != nil {
-			return err
-		}
-		return t.rules.hold(s, roles, order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean}, now)
+		return t.begins(s, req, now)
 	})
+}
+
+// begins holds what a switch takes with it.
+func (t *Table) begins(s *State, req SwitchRequest, now time.Time) error {
+	config := t.opt.Roles[req.Role]
+	roles, err := t.rules.group(s, req.Role, req.To, config)
+	if err != nil {
+		return err
+	}
+	return t.rules.hold(s, roles, order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean}, now)
 }
 
 // Abort turns the switch of a role back, with all roles that are switched with

@@ -26,6 +26,7 @@ import (
 	"github.com/posthouse/posthouse/routing"
 	"github.com/posthouse/posthouse/routing/directory"
 	"github.com/posthouse/posthouse/routing/filestore"
+	"github.com/posthouse/posthouse/routing/hookrun"
 	"github.com/posthouse/posthouse/routing/statedir"
 )
 
@@ -155,7 +156,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	}
 	roles := make(map[string]routing.RoleConfig, len(i.cfg.Roles))
 	for name, r := range i.cfg.Roles {
-		roles[name] = routing.RoleConfig{Members: r.Members, Active: r.Active}
+		roles[name] = roleConfig(r)
 	}
 	addresses := make(map[string]map[string]string, len(i.cfg.Backends))
 	for _, name := range i.pool.Names() {
@@ -165,8 +166,9 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	limits := i.cfg.Limits
 	i.table, err = routing.Start(ctx, routing.Options{
 		ID: routing.NewID(i.cfg.Hostname), Store: i.store, Directory: chain, Local: i.state,
-		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, ResidueMaxAge: limits.ResidueMaxAge,
-		MaxParked: limits.MaxParked, Backends: addresses, Roles: roles,
+		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: hooks(i.cfg.Roles),
+		ResidueMaxAge: limits.ResidueMaxAge,
+		MaxParked:     limits.MaxParked, Backends: addresses, Roles: roles,
 		Settings: map[string]string{
 			"usernames.lowercase": strconv.FormatBool(i.cfg.Usernames.Lowercase),
 			"usernames.allow":     i.cfg.Usernames.Allow,
@@ -177,6 +179,29 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 		return errors.Join(err, i.store.Close(), i.state.Close())
 	}
 	return nil
+}
+
+func roleConfig(r config.Role) routing.RoleConfig {
+	c := routing.RoleConfig{Members: r.Members, Active: r.Active, Scope: routing.Scope(r.Scope)}
+	for _, h := range routing.AllHooks {
+		if len(r.Hooks.ByName()[string(h)]) > 0 {
+			c.Hooks = append(c.Hooks, h)
+		}
+	}
+	return c
+}
+
+// hooks are the programs of all roles.
+func hooks(roles map[string]config.Role) *hookrun.Runner {
+	r := &hookrun.Runner{Roles: make(map[string]hookrun.Commands, len(roles))}
+	for name, role := range roles {
+		commands := make(hookrun.Commands)
+		for hook, argv := range role.Hooks.ByName() {
+			commands[routing.Hook(hook)] = argv
+		}
+		r.Roles[name] = commands
+	}
+	return r
 }
 
 // verifier is who judges credentials, in the order of the configuration.

@@ -5,6 +5,12 @@
 //	GET  /v1/roles                []Role
 //	POST /v1/roles/init           InitRequest → lines of Progress
 //	POST /v1/switch               SwitchRequest → lines of Progress
+//	POST /v1/switch/plan          SwitchRequest → routing.Plan
+//	POST /v1/switch/abort         SteerRequest → {}
+//	POST /v1/switch/resume        SteerRequest → {}
+//	GET  /v1/switches             Switches
+//	GET  /v1/frontends            []routing.FrontendStatus
+//	POST /v1/frontends/fence      FenceRequest → {}
 //	GET  /v1/explain?user=NAME    Explanation
 //	GET  /v1/sessions             []proxy.SessionInfo
 //
@@ -56,6 +62,30 @@ type SwitchRequest struct {
 	// ConfirmedClean: nothing of the past runs on the role's backends any
 	// more; it clears the residues recorded so far.
 	ConfirmedClean bool `json:"confirmed_clean,omitempty"`
+}
+
+func (r SwitchRequest) routing() routing.SwitchRequest {
+	return routing.SwitchRequest{Role: r.Role, To: r.To, Who: r.Who, Why: r.Reason, ConfirmedClean: r.ConfirmedClean}
+}
+
+// SteerRequest aborts or resumes the switch of a role. Role is needed; Who and
+// Reason are a SwitchRequest's.
+type SteerRequest struct {
+	Role   string `json:"role"`
+	Who    string `json:"who,omitempty"`
+	Reason string `json:"reason,omitempty"`
+}
+
+// Switches are those in progress and the last that have ended, oldest first.
+type Switches struct {
+	Open  []routing.SwitchRecord `json:"open"`
+	Ended []routing.SwitchRecord `json:"ended"`
+}
+
+// FenceRequest is the operator's word that a frontend is down and stays down.
+type FenceRequest struct {
+	Frontend      string `json:"frontend"`
+	ConfirmedDown bool   `json:"confirmed_down"`
 }
 
 // InitRequest decides who serves a role that is in doubt, or not in the table.

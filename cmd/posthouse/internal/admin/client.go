@@ -64,15 +64,49 @@ func (c *Client) Switch(ctx context.Context, req SwitchRequest, progress func(Pr
 	return c.stream(ctx, "/v1/switch", req, progress)
 }
 
+// Plan says what a switch would do, and changes nothing.
+func (c *Client) Plan(ctx context.Context, req SwitchRequest) (p routing.Plan, err error) {
+	return p, c.call(ctx, http.MethodPost, "/v1/switch/plan", req, &p)
+}
+
+// Abort turns a switch back; the undoing goes on when it returns.
+func (c *Client) Abort(ctx context.Context, req SteerRequest) error {
+	return c.call(ctx, http.MethodPost, "/v1/switch/abort", req, &struct{}{})
+}
+
+// Resume lets a switch go on that waits for the operator.
+func (c *Client) Resume(ctx context.Context, req SteerRequest) error {
+	return c.call(ctx, http.MethodPost, "/v1/switch/resume", req, &struct{}{})
+}
+
+// Switches lists those in progress and the last that have ended.
+func (c *Client) Switches(ctx context.Context) (list Switches, err error) {
+	return list, c.get(ctx, "/v1/switches", &list)
+}
+
+// Frontends lists the registered frontends.
+func (c *Client) Frontends(ctx context.Context) (list []routing.FrontendStatus, err error) {
+	return list, c.get(ctx, "/v1/frontends", &list)
+}
+
+// Fence ends the registration of a frontend that is down.
+func (c *Client) Fence(ctx context.Context, req FenceRequest) error {
+	return c.call(ctx, http.MethodPost, "/v1/frontends/fence", req, &struct{}{})
+}
+
 // InitRole is Switch for a role in doubt.
 func (c *Client) InitRole(ctx context.Context, req InitRequest, progress func(Progress)) (*routing.SwitchRecord, error) {
 	return c.stream(ctx, "/v1/roles/init", req, progress)
 }
 
 func (c *Client) get(ctx context.Context, path string, answer any) error {
+	return c.call(ctx, http.MethodGet, path, nil, answer)
+}
+
+func (c *Client) call(ctx context.Context, method, path string, req, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	body, err := c.ask(ctx, http.MethodGet, path, nil)
+	body, err := c.ask(ctx, method, path, req)
 	if err != nil {
 		return err
 	}

@@ -29,12 +29,18 @@ func NewHandler(source Source) http.Handler {
 	h := &handler{source}
 	mux := http.NewServeMux()
 	for path, methods := range map[string]map[string]http.HandlerFunc{
-		"/v1/version":    {http.MethodGet: h.version},
-		"/v1/roles":      {http.MethodGet: h.roles},
-		"/v1/roles/init": {http.MethodPost: h.initRole},
-		"/v1/switch":     {http.MethodPost: h.switchRole},
-		"/v1/explain":    {http.MethodGet: h.explain},
-		"/v1/sessions":   {http.MethodGet: h.sessions},
+		"/v1/version":         {http.MethodGet: h.version},
+		"/v1/roles":           {http.MethodGet: h.roles},
+		"/v1/roles/init":      {http.MethodPost: h.initRole},
+		"/v1/switch":          {http.MethodPost: h.switchRole},
+		"/v1/switch/plan":     {http.MethodPost: h.plan},
+		"/v1/switch/abort":    {http.MethodPost: h.abort},
+		"/v1/switch/resume":   {http.MethodPost: h.resume},
+		"/v1/switches":        {http.MethodGet: h.switches},
+		"/v1/frontends":       {http.MethodGet: h.frontends},
+		"/v1/frontends/fence": {http.MethodPost: h.fence},
+		"/v1/explain":         {http.MethodGet: h.explain},
+		"/v1/sessions":        {http.MethodGet: h.sessions},
 	} {
 		mux.HandleFunc(path, byMethod(methods))
 	}
@@ -115,9 +121,7 @@ func (h *handler) switchRole(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	h.stream(w, r, req.Role, func(ctx context.Context, progress func(routing.Event)) (routing.SwitchRecord, error) {
-		return h.Table.Switch(ctx, routing.SwitchRequest{
-			Role: req.Role, To: req.To, Who: req.Who, Why: req.Reason, ConfirmedClean: req.ConfirmedClean,
-		}, progress)
+		return h.Table.Switch(ctx, req.routing(), progress)
 	})
 }
 

@@ -1,0 +1,95 @@
+package admin
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/posthouse/posthouse/routing"
+)
+
+func (h *handler) plan(w http.ResponseWriter, r *http.Request) {
+	var req SwitchRequest
+	if !decode(w, r, &req) {
+		return
+	}
+	if req.Role == "" || req.To == "" {
+		fail(w, errorf(CodeBadRequest, "a plan needs role and to"))
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
+	defer cancel()
+	p, err := h.Table.Plan(ctx, req.routing())
+	if err != nil {
+		fail(w, errorOf(err, routing.SwitchRecord{}))
+		return
+	}
+	reply(w, p)
+}
+
+func (h *handler) abort(w http.ResponseWriter, r *http.Request) {
+	h.steer(w, r, func(ctx context.Context, req SteerRequest) error {
+		return h.Table.Abort(ctx, req.Role, req.Who, req.Reason)
+	})
+}
+
+func (h *handler) resume(w http.ResponseWriter, r *http.Request) {
+	h.steer(w, r, func(ctx context.Context, req SteerRequest) error { return h.Table.Resume(ctx, req.Role) })
+}
+
+func (h *handler) steer(w http.ResponseWriter, r *http.Request, do func(context.Context, SteerRequest) error) {
+	var req SteerRequest
+	if !decode(w, r, &req) {
+		return
+	}
+	if req.Role == "" {
+		fail(w, errorf(CodeBadRequest, "%s needs role", r.URL.Path))
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
+	defer cancel()
+	if err := do(ctx, req); err != nil {
+		fail(w, errorOf(err, routing.SwitchRecord{}))
+		return
+	}
+	reply(w, struct{}{})
+}
+
+func (h *handler) switches(w http.ResponseWriter, _ *http.Request) {
+	s := h.Table.Snapshot()
+	list := Switches{Open: []routing.SwitchRecord{}, Ended: s.History}
+	for _, role := range h.Table.Roles() {
+		if role.Switch != nil {
+			list.Open = append(list.Open, routing.SwitchRecord{Switch: *role.Switch, Role: role.Role, From: role.Active, Epoch: role.Epoch})
+		}
+	}
+	reply(w, list)
+}
+
+func (h *handler) frontends(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
+	defer cancel()
+	list, err := h.Table.Frontends(ctx)
+	if err != nil {
+		fail(w, errorOf(err, routing.SwitchRecord{}))
+		return
+	}
+	reply(w, list)
+}
+
+func (h *handler) fence(w http.ResponseWriter, r *http.Request) {
+	var req FenceRequest
+	if !decode(w, r, &req) {
+		return
+	}
+	if req.Frontend == "" || !req.ConfirmedDown {
+		fail(w, errorf(CodeBadRequest, "to fence a frontend needs frontend and confirmed_down: only who has seen that it is down can say so"))
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
+	defer cancel()
+	if err := h.Table.FenceFrontend(ctx, req.Frontend); err != nil {
+		fail(w, errorOf(err, routing.SwitchRecord{}))
+		return
+	}
+	reply(w, struct{}{})
+}

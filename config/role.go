@@ -1,0 +1,49 @@
+package config
+
+import "maps"
+
+// Role is a group of mailboxes that lives on one backend at a time.
+type Role struct {
+	// Members are the backends that hold a copy, each once; at least one.
+	Members []string `yaml:"members"`
+	// Active is the member that serves the role at first. It seeds an empty
+	// store only; afterwards the table decides.
+	Active string `yaml:"active"`
+	// Hooks are the programs that a switch of the role runs. Default: none.
+	Hooks Hooks `yaml:"hooks"`
+	// Scope says what the hooks touch. backend (default): the backend as a
+	// whole, so that all roles which it serves are switched together. role:
+	// nothing that other roles use.
+	Scope string `yaml:"scope"`
+}
+
+// Hooks are programs with their arguments, run without a shell: see
+// hookrun.Runner for what they get and say. Each may be left out.
+type Hooks struct {
+	// Demote makes the old active take no writes any more; afterwards nothing
+	// of the past runs there.
+	Demote []string `yaml:"demote"`
+	// Prove shows that nothing of the past runs on the old active.
+	Prove []string `yaml:"prove"`
+	// CatchUp brings the new active up to date.
+	CatchUp []string `yaml:"catch_up"`
+	// Promote makes the new active take writes.
+	Promote []string `yaml:"promote"`
+	// UndoDemote and UndoPromote turn an abort back.
+	UndoDemote  []string `yaml:"undo_demote"`
+	UndoPromote []string `yaml:"undo_promote"`
+}
+
+// ByName returns the hooks that there are, by the name of their key.
+func (h Hooks) ByName() map[string][]string {
+	all := map[string][]string{"demote": h.Demote, "prove": h.Prove, "catch_up": h.CatchUp, "promote": h.Promote,
+		"undo_demote": h.UndoDemote, "undo_promote": h.UndoPromote}
+	maps.DeleteFunc(all, func(_ string, argv []string) bool { return len(argv) == 0 })
+	return all
+}
+
+// Values of Role.Scope.
+const (
+	ScopeBackend = "backend"
+	ScopeRole    = "role"
+)

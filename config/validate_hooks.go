@@ -1,0 +1,42 @@
+package config
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+func (v *validation) hooks(path string, r Role) {
+	if r.Scope != "" {
+		v.oneOf(path+".scope", r.Scope, ScopeBackend, ScopeRole)
+	}
+	hooks := r.Hooks.ByName()
+	for _, name := range slices.Sorted(maps.Keys(hooks)) {
+		v.program(path+".hooks."+name, hooks[name][0])
+	}
+	for undo, do := range map[string]string{"undo_demote": "demote", "undo_promote": "promote"} {
+		if len(hooks[undo]) > 0 && len(hooks[do]) == 0 {
+			v.faultAt(path+".hooks."+undo, "there is no "+do+" hook", "add it, or remove this one")
+		}
+	}
+	if len(hooks) == 0 && r.Scope != "" {
+		v.faultAt(path+".scope", "has no effect without hooks", "remove it")
+	}
+}
+
+// program reports what cannot be run. Who runs it is the user of this process.
+func (v *validation) program(path, name string) {
+	if !filepath.IsAbs(name) {
+		v.faultAt(path, quote(name)+" is not an absolute path", "name the program by its full path: it is run without a shell and without PATH")
+		return
+	}
+	info, err := os.Stat(name)
+	switch {
+	case err != nil:
+		v.faultAt(path, fmt.Sprintf("%s cannot be found: %s", name, reason(err)), "correct the path")
+	case info.IsDir() || info.Mode().Perm()&0o111 == 0:
+		v.faultAt(path, name+" is no program", "chmod +x, or name another file")
+	}
+}

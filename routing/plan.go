@@ -1,0 +1,159 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// Plan is what a switch would do, and what it would meet.
+type Plan struct {
+	Role string `json:"role"`
+	From string `json:"from,omitempty"`
+	To   string `json:"to"`
+	// Roles are switched together, Role first.
+	Roles []string `json:"roles"`
+	// Refused says why the switch would not begin; empty if it would.
+	Refused string     `json:"refused,omitempty"`
+	Steps   []PlanStep `json:"steps"`
+	// Sessions are the stays of the roles in the frontend that was asked.
+	Sessions  int              `json:"sessions"`
+	Frontends []FrontendStatus `json:"frontends"`
+	Residues  []Residue        `json:"residues,omitempty"`
+	// Seen are the users whose mail may have changed since the last switch, as
+	// far as frontends have handed them in; those of the last minutes are not in it.
+	Seen Seen `json:"seen"`
+	// Caveats are what the switch cannot promise.
+	Caveats []string `json:"caveats"`
+}
+
+// PlanStep is one phase of a Plan.
+type PlanStep struct {
+	Phase Phase  `json:"phase"`
+	Does  string `json:"does"`
+	// Undo says how an abort turns the step back; empty: nothing is to be done.
+	Undo string `json:"undo,omitempty"`
+}
+
+// FrontendStatus is one registered frontend.
+type FrontendStatus struct {
+	ID    string    `json:"id"`
+	Since time.Time `json:"since"`
+	// Alive: it shows life. Otherwise it has ended or is cut off, and a switch
+	// aborts for want of its ack until that is known.
+	Alive bool `json:"alive"`
+	// Own: it is the one that was asked.
+	Own      bool     `json:"own,omitempty"`
+	Backends []string `json:"backends"`
+	// Missing are the held roles that wait for its ack.
+	Missing []string `json:"missing,omitempty"`
+}
+
+// Frontends lists the registered frontends, sorted by ID.
+func (t *Table) Frontends(ctx context.Context) ([]FrontendStatus, error) {
+	s, own := t.Snapshot(), t.ID()
+	ids := sortedKeys(s.Frontends)
+	alive, err := t.opt.Store.Alive(ctx, ids)
+	if err != nil {
+		return nil, fmt.Errorf("asking which frontends are alive: %w", err)
+	}
+	list := make([]FrontendStatus, 0, len(ids))
+	for _, id := range ids {
+		f := s.Frontends[id]
+		st := FrontendStatus{ID: id, Since: f.Since, Backends: f.Backends, Own: id == own, Alive: slices.Contains(alive, id)}
+		for _, role := range sortedKeys(s.Roles) {
+			if s.Roles[role].Phase != PhaseOpen && slices.Contains(s.missingAcks(role), id) {
+				st.Missing = append(st.Missing, role)
+			}
+		}
+		list = append(list, st)
+	}
+	return list, nil
+}
+
+// FenceFrontend ends the registration of a frontend on the operator's word that
+// it is down and stays down: no switch waits for its ack any more. What it may
+// have left behind becomes residues. It refuses one that shows life.
+func (t *Table) FenceFrontend(ctx context.Context, id string) error {
+	if _, registered := t.Snapshot().Frontends[id]; !registered {
+		return fmt.Errorf("%w: frontend %s is not registered: see `posthouse frontends`", ErrConflict, id)
+	}
+	alive, err := t.opt.Store.Alive(ctx, []string{id})
+	if err != nil {
+		return fmt.Errorf("asking whether frontend %s is alive: %w", id, err)
+	}
+	if len(alive) > 0 {
+		return fmt.Errorf("%w: frontend %s shows life: stop it, and it says goodbye by itself", ErrConflict, id)
+	}
+	s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.bury(s, id, time.Now()) })
+	if errors.Is(err, errNothing) {
+		return nil // it has said goodbye meanwhile
+	}
+	if err != nil {
+		return fmt.Errorf("fencing frontend %s: %w", id, err)
+	}
+	t.install(s, false)
+	t.emit(Event{Kind: EventBuried, Frontend: id})
+	return nil
+}
+
+// Plan says what Switch would do with this request, and changes nothing.
+func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
+	s, err := t.opt.Store.Load(ctx)
+	if err != nil {
+		return Plan{}, fmt.Errorf("reading the role table: %w", err)
+	}
+	row, err := s.row(req.Role)
+	if err != nil {
+		return Plan{}, err
+	}
+	p := Plan{Role: req.Role, From: row.Active, To: req.To, Roles: []string{req.Role}, Residues: []Residue{}}
+	if p.Frontends, err = t.Frontends(ctx); err != nil {
+		return Plan{}, err
+	}
+	held := s.Clone()
+	if err := t.begins(held, req, time.Now()); err != nil {
+		p.Refused = err.Error()
+	} else {
+		p.Roles = held.together(req.Role)
+	}
+	t.mu.Lock()
+	for _, role := range p.Roles {
+		p.Residues = append(p.Residues, s.Roles[role].Residues...)
+		p.Seen = p.Seen.merge(s.Roles[role].Seen)
+		if g := t.gates[role]; g != nil {
+			p.Sessions += len(g.stays)
+		}
+	}
+	t.mu.Unlock()
+	p.Steps = steps(t.opt.Roles[req.Role].Hooks, row.Active, req.To)
+	p.Caveats = []string{"clients that reach a backend other than through posthouse are neither held nor drained"}
+	if !slices.Contains(t.opt.Roles[req.Role].Hooks, HookCatchUp) {
+		p.Caveats = append(p.Caveats, "there is no catch_up: nobody looks whether "+req.To+" has all mail that "+row.Active+" has")
+	}
+	return p, nil
+}
+
+// steps are the phases of a switch with these hooks.
+func steps(hooks []Hook, from, to string) []PlanStep {
+	sw := &Switch{Hooks: hooks}
+	does := "new logins and deliveries wait, sessions on " + from + " end in good order, every frontend acks"
+	if sw.has(HookProve) {
+		does += "; what may still run on " + from + " is looked for by the prove hook"
+	}
+	list := []PlanStep{{Phase: PhaseHold, Does: does}}
+	for p := sw.next(PhaseHold); p != PhaseOpen; p = sw.next(p) {
+		do, undo := hookOf(p)
+		step := PlanStep{Phase: p, Does: "hook " + string(do)}
+		switch {
+		case sw.has(undo):
+			step.Undo = "hook " + string(undo)
+		case p == PhasePromote:
+			step.Undo = "none: from here on there is no way back"
+		}
+		list = append(list, step)
+	}
+	return append(list, PlanStep{Phase: PhaseOpen, Does: to + " serves, waiting logins enter", Undo: "none: switch back instead"})
+}
