@@ -343,6 +343,20 @@ type Limits struct {
 	// are refused with a temporary code. Default 20000: each keeps a
 	// goroutine and a TLS connection, about 1 GB together.
 	MaxParked int `yaml:"max_parked"`
+	// MaxParkedPerRole, MaxParkedPerUser and MaxParkedPerIP bound the share of
+	// one; each at most MaxParked. Default 10000, 50, 500, or MaxParked where
+	// that is less.
+	MaxParkedPerRole int `yaml:"max_parked_per_role"`
+	MaxParkedPerUser int `yaml:"max_parked_per_user"`
+	MaxParkedPerIP   int `yaml:"max_parked_per_ip"`
+	// MaxParkedUnverified bounds the waiting logins whose password only the
+	// backend can judge (Auth of type backend): anybody could be one. Default
+	// 100.
+	MaxParkedUnverified int `yaml:"max_parked_unverified"`
+	// EntryRate is how many of the logins that waited enter a role in a second
+	// once it is open; MaxParkedPerRole of them must be through within
+	// HoldWindow. Default 1000.
+	EntryRate int `yaml:"entry_rate"`
 	// WriteTimeout is how long one write may make no progress, to a client or
 	// to a backend, before the peer counts as gone. Default 5m: a sleeping
 	// laptop may wake, a fence must not wait for ever.
@@ -445,6 +459,11 @@ func Default() *Config {
 			MaxConnections:      100_000,
 			MaxConnectionsPerIP: 1000,
 			MaxParked:           20_000,
+			MaxParkedPerRole:    10_000,
+			MaxParkedPerUser:    50,
+			MaxParkedPerIP:      500,
+			MaxParkedUnverified: 100,
+			EntryRate:           1000,
 			WriteTimeout:        5 * time.Minute,
 			Keepalive:           120 * time.Second,
 		},

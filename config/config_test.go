@@ -295,6 +295,7 @@ func TestDefaults(t *testing.T) {
 			ShutdownTimeout: 30 * time.Second, ResidueMaxAge: 15 * time.Minute, IdleTimeout: 35 * time.Minute,
 			ConnectTimeout: 5 * time.Second, BackendLoginTimeout: 30 * time.Second, BackendLogins: 64,
 			MaxConnections: 100000, MaxConnectionsPerIP: 1000, MaxParked: 20000,
+			MaxParkedPerRole: 10000, MaxParkedPerUser: 50, MaxParkedPerIP: 500, MaxParkedUnverified: 100, EntryRate: 1000,
 			WriteTimeout: 5 * time.Minute, Keepalive: 2 * time.Minute,
 		},
 		LMTP: LMTP{

@@ -23,11 +23,39 @@ func (v *validation) limits() {
 	v.less("auth_failure_delay", l.AuthFailureDelay, "preauth_timeout", l.PreauthTimeout, "nobody could try twice")
 	v.less("drain_timeout", l.DrainTimeout, "shutdown_timeout", l.ShutdownTimeout+1, "sessions could not be drained at the end")
 	v.less("connect_timeout", l.ConnectTimeout, "backend_login_timeout", l.BackendLoginTimeout+1, "the login would be given up first")
+	v.parking()
 	if l.IdleTimeout > 0 && l.IdleTimeout <= minIdle {
 		v.faultAt("limits.idle_timeout", l.IdleTimeout.String()+" is too short: clients may be silent for 30 minutes (RFC 9051 §5.4)", "set it to more than 31m")
 	}
 	if l.Keepalive >= maxKeepalive {
 		v.faultAt("limits.keepalive", l.Keepalive.String()+" is too long: ipvs forgets an idle flow after 15 minutes", "set it to less than 15m, such as 120s")
+	}
+}
+
+// parking checks the limits of waiting logins against each other.
+func (v *validation) parking() {
+	l := &v.cfg.Limits
+	for _, share := range []struct {
+		key   string
+		limit *int
+	}{
+		{"max_parked_per_role", &l.MaxParkedPerRole}, {"max_parked_per_user", &l.MaxParkedPerUser},
+		{"max_parked_per_ip", &l.MaxParkedPerIP}, {"max_parked_unverified", &l.MaxParkedUnverified},
+	} {
+		if path := "limits." + share.key; *share.limit <= l.MaxParked {
+			continue
+		} else if v.written(path) {
+			v.faultAt(path, fmt.Sprintf("%d is more than max_parked (%d)", *share.limit, l.MaxParked), "lower it, or raise max_parked")
+		}
+		*share.limit = l.MaxParked
+	}
+	if l.EntryRate <= 0 {
+		return // is reported already
+	}
+	through := time.Duration(l.MaxParkedPerRole) * time.Second / time.Duration(l.EntryRate)
+	if through > l.HoldWindow {
+		v.faultAt("limits.entry_rate", fmt.Sprintf("%d a second: %d waiting logins (max_parked_per_role) would need %v, which is more than hold_window (%v)",
+			l.EntryRate, l.MaxParkedPerRole, through, l.HoldWindow), "raise it, or lower max_parked_per_role")
 	}
 }
 

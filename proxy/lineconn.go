@@ -183,6 +183,27 @@ func (c *lineConn) await(t time.Time) {
 	}
 }
 
+// watch reads ahead, so that a client that leaves while it waits is noticed: left
+// is called then, once. What it says meanwhile stays to be read, and ends the
+// watching. The caller calls stop before it reads or sets deadlines again.
+func (c *lineConn) watch(left func()) (stop func()) {
+	if c.pipelined() {
+		return func() {}
+	}
+	c.await(time.Time{})
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if _, err := c.r.Peek(1); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			left()
+		}
+	}()
+	return func() {
+		_ = c.conn.SetReadDeadline(time.Unix(1, 0))
+		<-ended
+	}
+}
+
 // ahead takes what was read ahead and not consumed. The lineConn must not be
 // read afterwards.
 func (c *lineConn) ahead() []byte {

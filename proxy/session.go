@@ -233,15 +233,28 @@ func (s *session) authenticate(ctx context.Context, req request) (auth.Identity,
 // yet, because only the backend can do it, does not park.
 func (s *session) enter(ctx context.Context, id auth.Identity) (*leg, error) {
 	s.do("looking up the role")
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var stop func()
 	parked := func(role string) {
 		s.do("waiting for role " + role)
 		s.log.Info("parked", zap.String("user", id.User), zap.String("role", role))
+		if stop == nil {
+			stop = s.c.watch(func() { cancel(errClientLeft) })
+		}
 	}
-	options := []routing.EnterOption{routing.OnPark(parked)}
+	options := []routing.EnterOption{routing.OnPark(parked), routing.From(s.from.client.Addr())}
 	if !id.Verified {
-		options = append(options, routing.NoWait())
+		options = append(options, routing.Unverified())
 	}
 	stay, err := s.server.options.Table.Enter(ctx, id.User, options...)
+	if stop != nil {
+		stop()
+		s.c.await(s.until)
+	}
+	if err != nil && errors.Is(context.Cause(ctx), errClientLeft) {
+		return nil, errClientLeft
+	}
 	if errors.Is(err, routing.ErrUnknownUser) && !id.Verified {
 		// Nobody has checked the password: whether the user exists is not
 		// this client's to know.

@@ -91,8 +91,37 @@ func TestHoldWindow(t *testing.T) {
 	s.dialogue(t, s.client(t), nil, "C: a LOGIN bob builder", "S: a NO [UNAVAILABLE] Account is temporarily unavailable.", ">! none")
 }
 
-// TestVerifiedBeforeParking: who has no right password, or was judged by
-// nobody, cannot park (design §3).
+// A client that leaves while its login waits takes no place any more; what one
+// says that stays is kept for the backend.
+func TestParkedClientIsWatched(t *testing.T) {
+	for _, leaves := range []string{"C! close", "C! reset", "C! half"} {
+		t.Run(leaves, func(t *testing.T) {
+			s := imapSite(t, nil)
+			first := s.dialogue(t, s.client(t), nil, loginSteps...)
+			first = s.dialogue(t, first.client, first.backend, "switch", ">: $l LOGOUT")
+			stays := s.dialogue(t, s.client(t), nil, "C: a LOGIN bob builder", "log parked", "C: b NOOP")
+			gone := s.dialogue(t, s.client(t), nil, "C: a LOGIN bob builder")
+			waits := func(n int) {
+				t.Helper()
+				if err := s.waitFor(func() bool { return s.table.Counters().Parked == n }); err != nil {
+					t.Fatalf("%d are parked, want %d", s.table.Counters().Parked, n)
+				}
+			}
+			waits(2)
+			s.dialogue(t, gone.client, nil, leaves)
+			waits(1)
+			for _, step := range []string{"<: * BYE", "<: $l OK", "S: * BYE", "S! eof", "opened"} {
+				if err := first.step(step); err != nil {
+					t.Fatalf("%s: %v\n%s", step, err, s.logged())
+				}
+			}
+			s.dialogue(t, stays.client, nil, ">! accept", "<: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready",
+				">: $t AUTHENTICATE PLAIN ...", "<: $t OK [CAPABILITY IMAP4rev1] in", "S: a OK ...", ">: b NOOP", "<: b OK", "S: b OK")
+		})
+	}
+}
+
+// TestVerifiedBeforeParking: who has no right password cannot park (design §3).
 func TestVerifiedBeforeParking(t *testing.T) {
 	s := imapSite(t, nil)
 	first := s.dialogue(t, s.client(t), nil, loginSteps...)
@@ -100,13 +129,22 @@ func TestVerifiedBeforeParking(t *testing.T) {
 	s.dialogue(t, s.client(t), nil, "C: a LOGIN bob wrong", "S: a NO [AUTHENTICATIONFAILED] Authentication failed.")
 }
 
-func TestSafety31_UnverifiedLoginDoesNotPark(t *testing.T) {
+// A login with a password that only the backend can judge waits too, and is
+// judged by the backend that opens.
+func TestSafety31_UnverifiedLoginIsJudgedInTheStay(t *testing.T) {
 	s := imapSite(t, map[string]string{"auth": "backend", "style": "replay"})
 	first := s.dialogue(t, s.client(t), nil, `C: a LOGIN alice secret`, ">! accept",
 		"<: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready", ">: $t AUTHENTICATE PLAIN AGFsaWNlAHNlY3JldA==",
 		"<: $t OK [CAPABILITY IMAP4rev1] in", "S: a OK ...")
-	s.dialogue(t, first.client, first.backend, "switch", ">: $l LOGOUT")
-	s.dialogue(t, s.client(t), nil, "C: a LOGIN bob builder", "S: a NO [UNAVAILABLE] Account is temporarily unavailable.", ">! none")
+	first = s.dialogue(t, first.client, first.backend, "switch", ">: $l LOGOUT")
+	second := s.dialogue(t, s.client(t), nil, "C: a LOGIN bob builder", "doing waiting for role", ">! none")
+	for _, step := range []string{"<: * BYE", "<: $l OK", "opened"} {
+		if err := first.step(step); err != nil {
+			t.Fatalf("%s: %v\n%s", step, err, s.logged())
+		}
+	}
+	s.dialogue(t, second.client, nil, ">! accept", "<: * OK [CAPABILITY IMAP4rev1 SASL-IR AUTH=PLAIN] ready",
+		">: $t AUTHENTICATE PLAIN ...", "<: $t NO [AUTHENTICATIONFAILED] wrong", "S: a NO [AUTHENTICATIONFAILED] Authentication failed.")
 }
 
 // TestRevokedDuringLogin: a switch finds a login between lookup and answer

@@ -10,8 +10,7 @@ import (
 // EnterOption changes how Enter waits.
 type EnterOption func(*login)
 
-// NoWait makes Enter answer ErrHeld at once where it would park: for logins
-// that nobody has verified yet (`auth: backend`, safety 31).
+// NoWait makes Enter answer ErrHeld at once where it would park.
 func NoWait() EnterOption { return func(l *login) { l.noWait = true } }
 
 // OnPark is called, from Enter, each time the login is parked at a role other
@@ -20,11 +19,14 @@ func OnPark(f func(role string)) EnterOption { return func(l *login) { l.onPark 
 
 // login is one Enter on its way.
 type login struct {
-	name   string
-	noWait bool
-	onPark func(role string)
+	name         string
+	noWait       bool
+	isUnverified bool
+	from         string
+	onPark       func(role string)
 
 	gate   *gate       // where it is parked; Table.mu guards it
+	slots  []slot      // that it has there
 	window *time.Timer // since it was first parked
 	at     string      // the role of the last OnPark
 }
@@ -134,18 +136,16 @@ func (t *Table) tryEnter(l *login, who resolved) (*Stay, <-chan struct{}, error)
 	}
 	g := t.gateLocked(who.role)
 	in := t.rules.admit(row, t.presenceLocked(g, v, row))
+	if in == "" && t.leaseLeft() <= 0 {
+		in = leaseOver
+	}
 	switch {
 	case in == "":
 		return t.stayLocked(g, who.user, row), nil, nil
 	case l.noWait:
 		return nil, nil, fmt.Errorf("%w: role %s: %s", ErrHeld, who.role, in)
-	case t.parked >= t.opt.MaxParked:
-		return nil, nil, fmt.Errorf("%w: role %s: %d logins are parked already", ErrHeld, who.role, t.parked)
 	}
-	l.gate = g
-	g.parked[l] = struct{}{}
-	t.parked++
-	return nil, g.wake, nil
+	return nil, g.wake, t.parkLocked(l, g, who.user)
 }
 
 var alreadyClosed = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
@@ -167,7 +167,7 @@ func (t *Table) wait(ctx context.Context, l *login, who resolved, wake <-chan st
 	}
 	select {
 	case <-wake:
-		return nil
+		return t.takeTurn(ctx, l)
 	case <-l.window.C:
 		return fmt.Errorf("%w: role %s: parked for %v", ErrHeld, who.role, t.opt.HoldWindow)
 	case <-t.closing:
@@ -184,14 +184,6 @@ func (t *Table) unpark(l *login) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.unparkLocked(l)
-}
-
-func (t *Table) unparkLocked(l *login) {
-	if l.gate != nil {
-		delete(l.gate.parked, l)
-		l.gate = nil
-		t.parked--
-	}
 }
 
 func (t *Table) gateLocked(role string) *gate {
@@ -247,6 +239,9 @@ func (s *Stay) Revoked() <-chan struct{} { return s.revoked }
 
 // Check is for just before the client is admitted: nil, or ErrRevoked.
 func (s *Stay) Check() error {
+	if s.table.leaseLeft() <= 0 { // heedDeadline may not have come to run yet
+		return fmt.Errorf("%w: %s", ErrRevoked, leaseOver)
+	}
 	select {
 	case <-s.revoked:
 		return fmt.Errorf("%w: role %s, backend %s", ErrRevoked, s.Role, s.Backend)

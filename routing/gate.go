@@ -125,7 +125,8 @@ type gate struct {
 	seen    map[string]struct{}
 	seenAll bool
 	// wake is closed, and replaced, when a parked login should look again.
-	wake chan struct{}
+	wake  chan struct{}
+	woken int // how many logins the last wake has woken
 }
 
 type place struct {
@@ -186,6 +187,7 @@ func (g *gate) list() []Residue {
 }
 
 func (g *gate) wakeAll() {
+	g.woken = len(g.parked)
 	close(g.wake)
 	g.wake = make(chan struct{})
 }

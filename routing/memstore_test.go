@@ -156,7 +156,18 @@ func (s *memStore) Alive(_ context.Context, ids []string) ([]string, error) {
 	return alive, s.site.broken
 }
 
-func (s *memStore) Deadline() time.Time { return s.deadline }
+func (s *memStore) Deadline() time.Time {
+	s.site.mu.Lock()
+	defer s.site.mu.Unlock()
+	return s.deadline
+}
+
+// renew lets the lease end after d from now on.
+func (s *memStore) renew(d time.Duration) {
+	s.site.mu.Lock()
+	defer s.site.mu.Unlock()
+	s.deadline = time.Now().Add(d)
+}
 
 func (s *memStore) Campaign(ctx context.Context) (context.Context, func(), error) {
 	if ctx.Err() != nil {
@@ -290,7 +301,8 @@ type host struct {
 	site  *memSite
 	dir   *memDirectory
 	local *memLocal
-	opt   Options // for the next start
+	opt   Options       // for the next start
+	lease time.Duration // of the stores of the next starts; 0: they have none
 }
 
 func newHost(t *testing.T) *host {
@@ -316,6 +328,9 @@ func (h *host) start(name string) *process {
 
 func (h *host) tryStart(name string) (*process, error) {
 	store := h.site.open()
+	if h.lease > 0 {
+		store.renew(h.lease)
+	}
 	opt := h.opt
 	opt.Backends, opt.Roles = maps.Clone(opt.Backends), maps.Clone(opt.Roles)
 	opt.ID, opt.Store = NewID(name), store

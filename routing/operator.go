@@ -315,5 +315,5 @@ type Counters struct {
 func (t *Table) Counters() Counters {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return Counters{t.inside, t.parked, t.disagreements.Load()}
+	return Counters{t.inside, t.slots[slot{slotTotal, ""}], t.disagreements.Load()}
 }

@@ -22,7 +22,6 @@ const (
 	defaultHoldWindow = 25 * time.Second // below the 30 s after which stock clients give up a login
 	defaultBudget     = 20 * time.Second // below the window, so that an abort in time refuses nobody
 	defaultReserve    = 5 * time.Second
-	defaultMaxParked  = 20000
 )
 
 // Local is what a frontend keeps on its own disk. It may be shared by the
@@ -63,11 +62,14 @@ type Options struct {
 	UndoReserve time.Duration
 	// Hooks runs the hooks that Roles name. It may be nil if they name none.
 	Hooks Hooks
+	// DrainTimeout is how long sessions take to end. Where the store has a
+	// Deadline they are revoked that much before it passes.
+	DrainTimeout time.Duration
 	// ResidueMaxAge is after how long work whose end nobody saw is taken to
 	// have ended: an assumption. 0 means never.
 	ResidueMaxAge time.Duration
-	// MaxParked bounds the parked logins of this frontend. Default 20000.
-	MaxParked int
+	// Parking bounds the parked logins of this frontend.
+	Parking Parking
 	// Backends, Settings and Roles are what all frontends must agree on.
 	Backends map[string]map[string]string
 	Settings map[string]string
@@ -101,7 +103,7 @@ type Table struct {
 	disk     map[string]Row // the rows that a start from disk would see
 	events   []Event        // not yet announced
 	inside   int            // stays in all gates
-	parked   int            // logins in all gates
+	slots    map[slot]int   // of the parked logins
 	isClosed bool
 
 	disagreements atomic.Uint64
@@ -135,6 +137,7 @@ func Start(ctx context.Context, opt Options) (*Table, error) {
 	t.running.Go(func() { t.keep(run) })
 	t.running.Go(func() { t.drive(run) })
 	t.running.Go(func() { t.announce(run) })
+	t.running.Go(func() { t.heedDeadline(run) })
 	t.wakeKeeper()
 	return t, nil
 }
@@ -152,13 +155,11 @@ func newTable(opt Options) (*Table, *State, error) {
 	if opt.UndoReserve == 0 {
 		opt.UndoReserve = defaultReserve
 	}
-	if opt.MaxParked == 0 {
-		opt.MaxParked = defaultMaxParked
-	}
+	opt.Parking.complete()
 	if opt.Logger == nil {
 		opt.Logger = zap.NewNop()
 	}
-	t := &Table{opt: opt, log: opt.Logger, id: opt.ID, gates: make(map[string]*gate), disk: make(map[string]Row),
+	t := &Table{opt: opt, log: opt.Logger, id: opt.ID, gates: make(map[string]*gate), slots: make(map[slot]int), disk: make(map[string]Row),
 		site: siteConfig{opt.Backends, opt.Settings, opt.Roles},
 		poke: make(chan struct{}, 1), news: make(chan struct{}, 1), closing: make(chan struct{})}
 	kept, err := loadSnapshot(opt.Local)
@@ -326,8 +327,8 @@ func (t *Table) Check() error {
 		inside += len(g.stays)
 		parked += len(g.parked)
 	}
-	if inside != t.inside || parked != t.parked {
-		return fmt.Errorf("the table counts %d stays and %d parked logins, its gates hold %d and %d", t.inside, t.parked, inside, parked)
+	if counted := t.slots[slot{slotTotal, ""}]; inside != t.inside || parked != counted {
+		return fmt.Errorf("the table counts %d stays and %d parked logins, its gates hold %d and %d", t.inside, counted, inside, parked)
 	}
 	return nil
 }

@@ -160,7 +160,7 @@ func TestHoldWindow(t *testing.T) {
 func TestMaxParkedAndNoWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHost(t)
-		h.opt.MaxParked = 2
+		h.opt.Parking.Total = 2
 		f := h.start("f")
 		stuck := f.enter("alice")
 		done := f.goSwitch(toB)

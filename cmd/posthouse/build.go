@@ -168,7 +168,9 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 		ID: routing.NewID(i.cfg.Hostname), Store: i.store, Directory: chain, Local: i.state,
 		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: hooks(i.cfg.Roles),
 		ResidueMaxAge: limits.ResidueMaxAge,
-		MaxParked:     limits.MaxParked, Backends: addresses, Roles: roles,
+		Parking: routing.Parking{Total: limits.MaxParked, Role: limits.MaxParkedPerRole, User: limits.MaxParkedPerUser,
+			Address: limits.MaxParkedPerIP, Unverified: limits.MaxParkedUnverified, EntryRate: limits.EntryRate},
+		DrainTimeout: limits.DrainTimeout, Backends: addresses, Roles: roles,
 		Settings: map[string]string{
 			"usernames.lowercase": strconv.FormatBool(i.cfg.Usernames.Lowercase),
 			"usernames.allow":     i.cfg.Usernames.Allow,

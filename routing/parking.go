@@ -1,0 +1,134 @@
+package routing
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"time"
+)
+
+// Parking bounds the logins that wait for roles at a time, in one frontend. A
+// login above a limit gets ErrHeld at once.
+type Parking struct {
+	Total      int // default 20000
+	Role       int // for one role; default 10000
+	User       int // for one user; default 50
+	Address    int // from one address, see From; default 500
+	Unverified int // that nobody has verified yet, see Unverified; default 100
+	// EntryRate is how many parked logins enter a role in a second once it is
+	// open: each waits for a time of its own. Default 1000.
+	EntryRate int
+}
+
+func (p *Parking) complete() {
+	for _, limit := range []struct {
+		of      *int
+		missing int
+	}{{&p.Total, 20000}, {&p.Role, 10000}, {&p.User, 50}, {&p.Address, 500}, {&p.Unverified, 100}, {&p.EntryRate, 1000}} {
+		if *limit.of == 0 {
+			*limit.of = limit.missing
+		}
+	}
+}
+
+// slot is what a parked login takes one of.
+type slot struct{ kind, name string }
+
+// The kinds of slots.
+const (
+	slotTotal      = "in all"
+	slotRole       = "for role"
+	slotUser       = "for user"
+	slotAddress    = "from"
+	slotUnverified = "that nobody has verified"
+)
+
+func (p Parking) limit(kind string) int {
+	switch kind {
+	case slotRole:
+		return p.Role
+	case slotUser:
+		return p.User
+	case slotAddress:
+		return p.Address
+	case slotUnverified:
+		return p.Unverified
+	}
+	return p.Total
+}
+
+// From says where the client is, so that one address cannot take all places of
+// those who wait.
+func From(address netip.Addr) EnterOption {
+	return func(l *login) {
+		if address.IsValid() {
+			l.from = address.String()
+		}
+	}
+}
+
+// Unverified is for logins whose password only the backend can judge
+// (`auth: backend`): few of them may wait, as anybody could be one (safety 31).
+func Unverified() EnterOption { return func(l *login) { l.isUnverified = true } }
+
+// parkLocked takes the slots of a login that is to wait at g, or says which there
+// are none of.
+func (t *Table) parkLocked(l *login, g *gate, user string) error {
+	slots := []slot{{slotTotal, ""}, {slotRole, g.role}, {slotUser, user}}
+	if l.from != "" {
+		slots = append(slots, slot{slotAddress, l.from})
+	}
+	if l.isUnverified {
+		slots = append(slots, slot{slotUnverified, ""})
+	}
+	for _, s := range slots {
+		if n := t.slots[s]; n >= t.opt.Parking.limit(s.kind) {
+			return fmt.Errorf("%w: role %s: %d logins are parked %s %s", ErrHeld, g.role, n, s.kind, s.name)
+		}
+	}
+	for _, s := range slots {
+		t.slots[s]++
+	}
+	l.gate, l.slots = g, slots
+	g.parked[l] = struct{}{}
+	return nil
+}
+
+func (t *Table) unparkLocked(l *login) {
+	if l.gate == nil {
+		return
+	}
+	delete(l.gate.parked, l)
+	for _, s := range l.slots {
+		if t.slots[s]--; t.slots[s] == 0 {
+			delete(t.slots, s)
+		}
+	}
+	l.gate, l.slots = nil, nil
+}
+
+// takeTurn spreads those whom one event has woken, so that the new active is not
+// run down by all of them at once. It fails with ctx, or when the Table closes.
+func (t *Table) takeTurn(ctx context.Context, l *login) error {
+	t.mu.Lock()
+	woken := 0
+	if l.gate != nil {
+		woken = l.gate.woken
+	}
+	t.mu.Unlock()
+	spread := time.Duration(woken) * time.Second / time.Duration(t.opt.Parking.EntryRate)
+	if spread <= 0 {
+		return nil
+	}
+	turn := time.NewTimer(rand.N(spread))
+	defer turn.Stop()
+	select {
+	case <-turn.C:
+		return nil
+	case <-t.closing:
+		return ErrClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
