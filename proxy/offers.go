@@ -2,12 +2,16 @@ package proxy
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/posthouse/posthouse/backendpool"
 )
 
 // offersPatience bounds the first round, before the first client: a backend
@@ -102,31 +106,52 @@ func (o *offers) keepAsking(ctx context.Context) {
 // ask meets every active backend on every protocol that is served, and never
 // logs in.
 func (o *offers) ask(ctx context.Context) {
-	protocols := make(map[string]bool)
-	for _, l := range o.server.options.Listeners {
-		protocols[l.Protocol] = true
-	}
 	var asking sync.WaitGroup
 	for _, name := range o.server.options.Table.ActiveBackends() {
-		backend, ok := o.server.options.Backends.Backend(name)
-		if !ok {
-			continue
-		}
-		for _, protocol := range slices.Sorted(maps.Keys(protocols)) {
-			asking.Go(func() {
-				d := o.server.words(protocol)
-				b, announced, err := o.server.meet(ctx, d, protocol, backend)
-				if err != nil {
-					o.server.log.Warn("could not ask a backend what it announces", zap.String("backend", name),
-						zap.String("protocol", protocol), zap.Error(err))
-					return
-				}
-				o.learn(protocol, name, announced)
-				b.deadline(time.Now().Add(answerTimeout))
-				_ = b.writeLines(d.partingWords()) // politeness; the connection closes either way
-				b.close()
-			})
-		}
+		asking.Go(func() {
+			if err := o.server.Reach(ctx, name); err != nil {
+				o.server.log.Warn("could not ask a backend what it announces", zap.String("backend", name), zap.Error(err))
+			}
+		})
 	}
 	asking.Wait()
+}
+
+// Reach meets a backend on every protocol that is served, all at a time, never
+// logs in, and returns who could not be met, and why. It takes at most the
+// connect timeout, twice with TLS.
+func (s *Server) Reach(ctx context.Context, name string) error {
+	backend, ok := s.options.Backends.Backend(name)
+	if !ok {
+		return failf(Misconfigured, "find the backend", "backend %s is not in this frontend's configuration", name)
+	}
+	protocols := make(map[string]bool)
+	for _, l := range s.options.Listeners {
+		protocols[l.Protocol] = true
+	}
+	errs := make([]error, len(protocols))
+	var asking sync.WaitGroup
+	for n, protocol := range slices.Sorted(maps.Keys(protocols)) {
+		asking.Go(func() {
+			if err := s.ask(ctx, backend, protocol); err != nil {
+				errs[n] = fmt.Errorf("%s: %w", protocol, err)
+			}
+		})
+	}
+	asking.Wait()
+	return errors.Join(errs...)
+}
+
+// ask learns what a backend announces on one protocol.
+func (s *Server) ask(ctx context.Context, backend *backendpool.Backend, protocol string) error {
+	d := s.words(protocol)
+	b, announced, err := s.meet(ctx, d, protocol, backend)
+	if err != nil {
+		return err
+	}
+	s.offers.learn(protocol, backend.Name, announced)
+	b.deadline(time.Now().Add(answerTimeout))
+	_ = b.writeLines(d.partingWords()) // politeness; the connection closes either way
+	b.close()
+	return nil
 }

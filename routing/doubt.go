@@ -145,4 +145,4 @@ func (r rules) initRole(s *State, role, active string, members []string, known u
 	return nil
 }
 
-var initGuards = []guard{holdGuards[2], holdGuards[4]}
+var initGuards = []guard{holdGuards[3], holdGuards[5]}

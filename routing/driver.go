@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -129,6 +130,7 @@ func decideUndo(row Row, d driving) (move, string) {
 type driver struct {
 	t        *Table
 	switches map[uint64]*driving
+	requests map[uint64]time.Time // when this process saw them first
 	seen     map[string]time.Time // residues, by when this process saw them first
 	nextGC   time.Time            // when to ask for gone frontends again
 
@@ -158,7 +160,7 @@ func (t *Table) drive(ctx context.Context) {
 }
 
 func newDriver(t *Table) *driver {
-	return &driver{t: t, switches: make(map[uint64]*driving), seen: make(map[string]time.Time), ended: make(chan hookEnd)}
+	return &driver{t: t, switches: make(map[uint64]*driving), requests: make(map[uint64]time.Time), seen: make(map[string]time.Time), ended: make(chan hookEnd)}
 }
 
 // run drives until ctx ends, and no hook of its own runs any more.
@@ -200,6 +202,12 @@ func (d *driver) step(ctx context.Context) (progressed bool, err error) {
 	var errs []error
 	for _, role := range sortedKeys(s.Roles) {
 		row := s.Roles[role]
+		if row.Request != nil && row.Request.Roles[0] == role && row.Doubt == nil {
+			p, err := d.stepRequest(ctx, s, role, row)
+			progressed = progressed || p
+			errs = append(errs, err)
+			continue
+		}
 		roles := s.together(role)
 		if row.Switch == nil || len(roles) == 0 || roles[0] != role {
 			continue
@@ -218,7 +226,11 @@ func (d *driver) forget(s *State) {
 		if row.Switch != nil {
 			open[row.Switch.Number] = true
 		}
+		if row.Request != nil {
+			open[row.Request.Number] = true
+		}
 	}
+	maps.DeleteFunc(d.requests, func(number uint64, _ time.Time) bool { return !open[number] })
 	for number, mine := range d.switches {
 		if open[number] {
 			continue
@@ -333,7 +345,7 @@ func (d *driver) bury(ctx context.Context) error {
 
 func (d *driver) askEvery() time.Duration {
 	for _, row := range d.t.Snapshot().Roles {
-		if row.Switch != nil {
+		if row.Switch != nil || row.Request != nil {
 			return askOften
 		}
 	}

@@ -24,18 +24,19 @@ type SwitchRequest struct {
 // what happens, in order. An error says what refused or blocked the switch.
 func (t *Table) Switch(ctx context.Context, req SwitchRequest, progress func(Event)) (SwitchRecord, error) {
 	return t.begin(ctx, req.Role, progress, func(s *State, now time.Time) error {
-		return t.begins(s, req, now)
+		return t.requests(s, req, false, now)
 	})
 }
 
-// begins holds what a switch takes with it.
-func (t *Table) begins(s *State, req SwitchRequest, now time.Time) error {
+// requests asks for a switch of a role and of what it takes with it.
+func (t *Table) requests(s *State, req SwitchRequest, planOnly bool, now time.Time) error {
 	config := t.opt.Roles[req.Role]
 	roles, err := t.rules.group(s, req.Role, req.To, config)
 	if err != nil {
 		return err
 	}
-	return t.rules.hold(s, roles, order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean}, now)
+	o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean}
+	return t.rules.request(s, roles, o, planOnly, now)
 }
 
 // Abort turns the switch of a role back, with all roles that are switched with
@@ -45,7 +46,12 @@ func (t *Table) Abort(ctx context.Context, role, who, why string) error {
 	if why = "aborted by " + who + ": " + why; who == "" {
 		why = "aborted by the operator"
 	}
-	return t.steer(ctx, role, "aborting", func(s *State, role string) error { return t.rules.abort(s, role, why, time.Now()) })
+	return t.steer(ctx, role, "aborting", func(s *State, role string) error {
+		if q := s.Roles[role].Request; q != nil {
+			return t.rules.refuse(s, role, q.Number, why, time.Now())
+		}
+		return t.rules.abort(s, role, why, time.Now())
+	})
 }
 
 // Resume lets the switch of a role go on that waits for the operator.
@@ -111,7 +117,7 @@ func (t *Table) begin(ctx context.Context, role string, progress func(Event), ho
 	if err != nil {
 		return SwitchRecord{}, err
 	}
-	number := held.Roles[role].Switch.Number
+	number := held.Roles[role].number()
 	t.report(role, before, held, progress)
 	t.install(held, false)
 	last := held
@@ -144,6 +150,17 @@ func (t *Table) report(role string, old, now *State, progress func(Event)) {
 	}
 }
 
+// number is that of the switch in progress or asked for; 0 if there is none.
+func (row Row) number() uint64 {
+	switch {
+	case row.Switch != nil:
+		return row.Switch.Number
+	case row.Request != nil:
+		return row.Request.Number
+	}
+	return 0
+}
+
 // outcome says how the switch with this number ended, if it has.
 func outcome(s *State, role string, number uint64) (rec SwitchRecord, ended bool, err error) {
 	for _, rec := range slices.Backward(s.History) {
@@ -155,7 +172,7 @@ func outcome(s *State, role string, number uint64) (rec SwitchRecord, ended bool
 		}
 		return rec, true, err
 	}
-	if sw := s.Roles[role].Switch; sw == nil || sw.Number != number {
+	if s.Roles[role].number() != number {
 		return SwitchRecord{}, true, fmt.Errorf("switch %d of %s is neither in progress nor in the history: the store went back; see `posthouse roles`", number, role)
 	}
 	return SwitchRecord{}, false, nil

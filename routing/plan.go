@@ -16,14 +16,11 @@ type Plan struct {
 	// Roles are switched together, Role first.
 	Roles []string `json:"roles"`
 	// Refused says why the switch would not begin; empty if it would.
-	Refused string     `json:"refused,omitempty"`
-	Steps   []PlanStep `json:"steps"`
-	// Sessions are the stays of the roles in the frontend that was asked.
-	Sessions  int              `json:"sessions"`
+	Refused   string           `json:"refused,omitempty"`
+	Steps     []PlanStep       `json:"steps"`
 	Frontends []FrontendStatus `json:"frontends"`
 	Residues  []Residue        `json:"residues,omitempty"`
-	// Seen are the users whose mail may have changed since the last switch, as
-	// far as frontends have handed them in; those of the last minutes are not in it.
+	// Seen are the users whose mail may have changed since the last switch.
 	Seen Seen `json:"seen"`
 	// Caveats are what the switch cannot promise.
 	Caveats []string `json:"caveats"`
@@ -49,6 +46,8 @@ type FrontendStatus struct {
 	Backends []string `json:"backends"`
 	// Missing are the held roles that wait for its ack.
 	Missing []string `json:"missing,omitempty"`
+	// Report is what it said to a plan; nil if it said nothing.
+	Report *Report `json:"report,omitempty"`
 }
 
 // Frontends lists the registered frontends, sorted by ID.
@@ -99,41 +98,95 @@ func (t *Table) FenceFrontend(ctx context.Context, id string) error {
 	return nil
 }
 
-// Plan says what Switch would do with this request, and changes nothing.
+// Plan says what Switch would do with this request. It asks every frontend for a
+// report, which takes up to planTimeout, and changes nothing else.
 func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
-	s, err := t.opt.Store.Load(ctx)
-	if err != nil {
-		return Plan{}, fmt.Errorf("reading the role table: %w", err)
+	now := time.Now()
+	s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.requests(s, req, true, now) })
+	refused := ""
+	switch {
+	case errors.Is(err, ErrConflict):
+		refused = err.Error()
+		if s, err = t.opt.Store.Load(ctx); err != nil {
+			return Plan{}, fmt.Errorf("reading the role table: %w", err)
+		}
+	case err != nil:
+		return Plan{}, fmt.Errorf("asking the frontends: %w", err)
+	default:
+		t.install(s, false)
+		s = t.reported(ctx, req.Role, s.Roles[req.Role].number())
 	}
 	row, err := s.row(req.Role)
 	if err != nil {
 		return Plan{}, err
 	}
-	p := Plan{Role: req.Role, From: row.Active, To: req.To, Roles: []string{req.Role}, Residues: []Residue{}}
+	p := Plan{Role: req.Role, From: row.Active, To: req.To, Roles: []string{req.Role}, Refused: refused, Residues: []Residue{}}
 	if p.Frontends, err = t.Frontends(ctx); err != nil {
 		return Plan{}, err
 	}
-	held := s.Clone()
-	if err := t.begins(held, req, time.Now()); err != nil {
-		p.Refused = err.Error()
-	} else {
-		p.Roles = held.together(req.Role)
+	if row.Request != nil && refused == "" {
+		p.Roles = row.Request.Roles
+		p.Refused, _ = s.obstacle(row)
 	}
-	t.mu.Lock()
 	for _, role := range p.Roles {
-		p.Residues = append(p.Residues, s.Roles[role].Residues...)
-		p.Seen = p.Seen.merge(s.Roles[role].Seen)
-		if g := t.gates[role]; g != nil {
-			p.Sessions += len(g.stays)
+		row := s.Roles[role]
+		p.Residues = append(p.Residues, row.Residues...)
+		p.Seen = p.Seen.merge(row.Seen)
+		for n, f := range p.Frontends {
+			if row.Request == nil {
+				break
+			}
+			if r, ok := row.Request.Reports[f.ID]; ok {
+				if was := f.Report; was != nil {
+					r.Sessions += was.Sessions
+				}
+				p.Frontends[n].Report = &r
+			}
 		}
 	}
-	t.mu.Unlock()
 	p.Steps = steps(t.opt.Roles[req.Role].Hooks, row.Active, req.To)
 	p.Caveats = []string{"clients that reach a backend other than through posthouse are neither held nor drained"}
 	if !slices.Contains(t.opt.Roles[req.Role].Hooks, HookCatchUp) {
 		p.Caveats = append(p.Caveats, "there is no catch_up: nobody looks whether "+req.To+" has all mail that "+row.Active+" has")
 	}
 	return p, nil
+}
+
+// planTimeout bounds the wait for reports to a plan.
+const planTimeout = 6 * time.Second
+
+// reported waits for the reports to a plan's request and takes it back. It
+// returns the State that has them.
+func (t *Table) reported(ctx context.Context, role string, number uint64) *State {
+	end := time.NewTimer(planTimeout)
+	defer end.Stop()
+	defer func() {
+		s, err := t.opt.Store.Update(context.WithoutCancel(ctx), func(s *State) error {
+			return t.rules.refuse(s, role, number, "", time.Now())
+		})
+		if err == nil {
+			t.install(s, false)
+		} // else the driver takes it back
+	}()
+	for {
+		changed, s := t.Changed(), t.Snapshot()
+		row := s.Roles[role]
+		if row.number() != number {
+			return s
+		}
+		if _, mayPass := s.obstacle(row); !mayPass && len(row.Request.Reports) >= len(s.Frontends) {
+			return s
+		}
+		select {
+		case <-changed:
+		case <-end.C:
+			return s
+		case <-ctx.Done():
+			return s
+		case <-t.closing:
+			return s
+		}
+	}
 }
 
 // steps are the phases of a switch with these hooks.

@@ -28,6 +28,8 @@ type change struct {
 	role string
 	row  Row
 	to   string
+	// number of the switch that begins.
+	number uint64
 	// proves: a hook may clear the residues on the old active.
 	proves bool
 }
@@ -93,6 +95,12 @@ var holdGuards = []guard{
 	{"the role is open", func(c change) string {
 		if c.row.Phase != PhaseOpen {
 			return fmt.Sprintf("switch %d to %s is in phase %s: wait for its end", c.row.Switch.Number, c.row.Switch.To, c.row.Phase)
+		}
+		return ""
+	}},
+	{"no other switch is being prepared", func(c change) string {
+		if q := c.row.Request; q != nil && q.Number != c.number {
+			return fmt.Sprintf("switch %d to %s is being prepared: wait, or `posthouse switch --abort %s`", q.Number, q.To, c.role)
 		}
 		return ""
 	}},

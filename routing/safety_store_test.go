@@ -54,7 +54,8 @@ func TestSafety11LateJoinerParks(t *testing.T) {
 	})
 }
 
-// Who registers before HOLD is waited for, even if it never says anything.
+// Who registers before HOLD is waited for: nothing begins without its report, and
+// nothing opens without its ack.
 func TestSafety11EveryMemberIsWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		h := newHost(t)
@@ -68,6 +69,16 @@ func TestSafety11EveryMemberIsWaitedFor(t *testing.T) {
 		}); err != nil {
 			t.Fatal(err)
 		}
+		f.mustFail(toB, "no report from frontend silent.1")
+		if row := f.Snapshot().Roles["ma01"]; row.Epoch != 1 {
+			t.Errorf("the role was held: %+v", row)
+		}
+		h.site.observe(func(_, now *State) {
+			row := now.Roles["ma01"]
+			if row.Request != nil {
+				rules{}.report(now, "silent.1", "ma01", row.Request.Number, Report{}, handed{})
+			}
+		})
 		f.mustFail(toB, "no ack from frontend silent.1")
 		f.stop()
 	})

@@ -60,6 +60,9 @@ type Row struct {
 	Epoch uint64 `json:"epoch"`
 	// Phase says whether sessions may enter.
 	Phase Phase `json:"phase"`
+	// Request is a switch that was asked for and has not begun; only in
+	// PhaseOpen.
+	Request *Request `json:"request,omitempty"`
 	// Switch is the switch in progress; nil in PhaseOpen.
 	Switch *Switch `json:"switch,omitempty"`
 	// Residues are works that may still run on a backend though their stay
@@ -225,6 +228,10 @@ func (r Row) clone() Row {
 		sw.Hooks = slices.Clone(sw.Hooks)
 		sw.Runs = slices.Clone(sw.Runs)
 		r.Switch = &sw
+	}
+	if r.Request != nil {
+		q := *r.Request // its maps and lists are replaced, not edited
+		r.Request = &q
 	}
 	if r.Doubt != nil {
 		d := *r.Doubt

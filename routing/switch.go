@@ -73,6 +73,7 @@ func (row Row) canAbort() string {
 
 // order is what a switch is asked to do.
 type order struct {
+	number       uint64 // that a request has already; 0 for the next one
 	to, who, why string
 	hooks        []Hook
 	// confirmedClean clears the roles' residues on the operator's word.
@@ -82,7 +83,10 @@ type order struct {
 // hold begins a switch of all these roles: from now on nobody enters below
 // their new epochs.
 func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
-	s.Switches++
+	if o.number == 0 {
+		s.Switches++
+		o.number = s.Switches
+	}
 	for _, role := range roles {
 		row, err := s.row(role)
 		if err != nil {
@@ -92,12 +96,13 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 			row.Residues = nil
 		}
 		proves := slices.Contains(o.hooks, HookProve) || slices.Contains(o.hooks, HookDemote)
-		if err := r.check(change{s: s, role: role, row: row, to: o.to, proves: proves}, holdGuards); err != nil {
+		if err := r.check(change{s: s, role: role, row: row, to: o.to, number: o.number, proves: proves}, holdGuards); err != nil {
 			return err
 		}
 		row.Epoch++
 		row.Phase = PhaseHold
-		row.Switch = &Switch{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Started: now,
+		row.Request = nil
+		row.Switch = &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now,
 			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Steps: []Step{{PhaseHold, now}}}
 		s.Roles[role] = row
 	}
@@ -335,15 +340,19 @@ func (r rules) reopen(s *State, role string, now time.Time) error {
 func (s *State) end(role string, row Row, active string, epoch uint64, done bool, now time.Time) {
 	rec := SwitchRecord{Switch: *row.Switch, Role: role, From: row.Active, Epoch: epoch, Ended: now, Done: done}
 	rec.Steps = append(rec.Steps, Step{PhaseOpen, now})
-	s.History = append(s.History, rec)
-	if n := len(s.History) - historyLimit; n > 0 {
-		s.History = slices.Delete(s.History, 0, n)
-	}
+	s.record(rec)
 	row.Active, row.Epoch, row.Phase, row.Switch = active, epoch, PhaseOpen, nil
 	if done {
 		row.Seen = Seen{} // the catch-up has looked at them
 	}
 	s.Roles[role] = row
+}
+
+func (s *State) record(rec SwitchRecord) {
+	s.History = append(s.History, rec)
+	if n := len(s.History) - historyLimit; n > 0 {
+		s.History = slices.Delete(s.History, 0, n)
+	}
 }
 
 // together are the roles that the switch of this one has in hand, in its order;

@@ -65,6 +65,9 @@ type Options struct {
 	// DrainTimeout is how long sessions take to end. Where the store has a
 	// Deadline they are revoked that much before it passes.
 	DrainTimeout time.Duration
+	// Reach, if set, tries whether this frontend can reach a backend on each
+	// service, within a few seconds.
+	Reach func(ctx context.Context, backend string) error
 	// ResidueMaxAge is after how long work whose end nobody saw is taken to
 	// have ended: an assumption. 0 means never.
 	ResidueMaxAge time.Duration
@@ -138,6 +141,7 @@ func Start(ctx context.Context, opt Options) (*Table, error) {
 	t.running.Go(func() { t.drive(run) })
 	t.running.Go(func() { t.announce(run) })
 	t.running.Go(func() { t.heedDeadline(run) })
+	t.running.Go(func() { t.answerRequests(run) })
 	t.wakeKeeper()
 	return t, nil
 }

@@ -41,6 +41,7 @@ type instance struct {
 	store    *filestore.Store
 	table    *routing.Table
 	server   *proxy.Server
+	built    chan struct{} // closed when server is there
 	pool     *backendpool.Pool
 	registry *prometheus.Registry
 	serving  atomic.Bool
@@ -54,7 +55,7 @@ type instance struct {
 // parts are what a configuration names and can be tried without touching the
 // state directory or a socket: `check` stops here.
 func parts(cfg *config.Config) (*instance, error) {
-	i := &instance{cfg: cfg}
+	i := &instance{cfg: cfg, built: make(chan struct{})}
 	names := normalizer(cfg)
 	var errs []error
 	for _, a := range cfg.Auth {
@@ -121,8 +122,20 @@ func build(ctx context.Context, cfg *config.Config, log *zap.Logger, onEvent fun
 		},
 		LMTP: i.lmtpOptions(),
 	})
+	close(i.built)
 	i.watchTable()
 	return i, nil
+}
+
+// reach tries a backend for a switch. The table asks as soon as it has started,
+// which is before the server is there.
+func (i *instance) reach(ctx context.Context, backend string) error {
+	select {
+	case <-i.built:
+		return i.server.Reach(ctx, backend)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // lmtpOptions are those of the LMTP target.
@@ -166,7 +179,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	limits := i.cfg.Limits
 	i.table, err = routing.Start(ctx, routing.Options{
 		ID: routing.NewID(i.cfg.Hostname), Store: i.store, Directory: chain, Local: i.state,
-		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: hooks(i.cfg.Roles),
+		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: hooks(i.cfg.Roles), Reach: i.reach,
 		ResidueMaxAge: limits.ResidueMaxAge,
 		Parking: routing.Parking{Total: limits.MaxParked, Role: limits.MaxParkedPerRole, User: limits.MaxParkedPerUser,
 			Address: limits.MaxParkedPerIP, Unverified: limits.MaxParkedUnverified, EntryRate: limits.EntryRate},

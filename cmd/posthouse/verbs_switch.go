@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -19,7 +20,14 @@ func switchCommand() *cobra.Command {
 	var plan bool
 	var abort, resume string
 	c := &cobra.Command{
-		Use: "switch ROLE --to BACKEND", Short: "Make another backend serve a role", Args: cobra.MaximumNArgs(1),
+		Use: "switch ROLE --to BACKEND", Short: "Make another backend serve a role",
+		Args: func(_ *cobra.Command, args []string) error {
+			steers := abort != "" || resume != ""
+			if steers && len(args) == 0 || !steers && len(args) == 1 && req.To != "" {
+				return nil
+			}
+			return errors.New("switch needs ROLE and --to BACKEND, or --abort ROLE, or --resume ROLE")
+		},
 		Example: "  posthouse switch ma01 --to b --plan\n  posthouse switch ma01 --to b --reason 'new disks in a'\n  posthouse switch --abort ma01",
 		Long: "Make another backend serve a role. New logins wait while the sessions on the old backend end in good\n" +
 			"order; when every frontend has confirmed that nobody is there any more, the new backend opens. If that\n" +
@@ -33,12 +41,10 @@ func switchCommand() *cobra.Command {
 			}
 			steer := admin.SteerRequest{Role: abort + resume, Who: operator(), Reason: req.Reason}
 			switch {
-			case abort != "" && len(args) == 0:
+			case abort != "":
 				return client.Abort(cmd.Context(), steer)
-			case resume != "" && len(args) == 0:
+			case resume != "":
 				return client.Resume(cmd.Context(), steer)
-			case len(args) == 0 || req.To == "":
-				return fmt.Errorf("switch needs ROLE and --to BACKEND, or --abort ROLE, or --resume ROLE")
 			}
 			req.Role, req.Who = args[0], operator()
 			if plan {
@@ -83,8 +89,18 @@ func printPlan(w io.Writer, p routing.Plan) {
 		fmt.Fprintf(tab, "%s\t%s\t%s\n", s.Phase, s.Does, undo)
 	}
 	_ = tab.Flush() // to memory
-	fmt.Fprintf(w, "\nsessions in this frontend: %d\nusers seen since the last switch: %s\n", p.Sessions, seenText(p.Seen))
+	fmt.Fprintf(w, "\nusers seen since the last switch: %s\n\n", seenText(p.Seen))
 	printFrontends(w, p.Frontends)
+	for _, f := range p.Frontends {
+		switch {
+		case f.Report == nil:
+			fmt.Fprintf(w, "%s: no report\n", f.ID)
+		case f.Report.Unreachable != "":
+			fmt.Fprintf(w, "%s: %d sessions, CANNOT REACH %s: %s\n", f.ID, f.Report.Sessions, p.To, f.Report.Unreachable)
+		default:
+			fmt.Fprintf(w, "%s: %d sessions, %d places to wait, reaches %s\n", f.ID, f.Report.Sessions, f.Report.Places, p.To)
+		}
+	}
 	printResidues(w, p.Role, p.Residues)
 	for _, c := range p.Caveats {
 		fmt.Fprintf(w, "note: %s\n", c)
@@ -95,7 +111,7 @@ func seenText(s routing.Seen) string {
 	if s.All {
 		return "unknown, so all of them"
 	}
-	return fmt.Sprint(len(s.Users), " handed in")
+	return fmt.Sprint(len(s.Users))
 }
 
 func switchesCommand() *cobra.Command {

@@ -1,0 +1,253 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Request is a switch that has been asked for and has not begun: the role is
+// open, and every frontend reports whether it is ready (preflight). Then the
+// driver holds the role, or refuses.
+type Request struct {
+	Number         uint64    `json:"number"` // the switch's
+	To             string    `json:"to"`
+	Who            string    `json:"who"`
+	Why            string    `json:"why,omitempty"`
+	Asked          time.Time `json:"asked"`
+	Roles          []string  `json:"roles"`
+	Hooks          []Hook    `json:"hooks,omitempty"`
+	ConfirmedClean bool      `json:"confirmed_clean,omitempty"`
+	// PlanOnly: the switch is not to begin; who has asked takes the request
+	// back when it has the reports.
+	PlanOnly bool `json:"plan_only,omitempty"`
+	// Reports by frontend.
+	Reports map[string]Report `json:"reports,omitempty"`
+}
+
+// Report is what one frontend says to a Request.
+type Report struct {
+	// Sessions that are inside the role.
+	Sessions int `json:"sessions"`
+	// Places for their logins to wait.
+	Places int `json:"places"`
+	// Unreachable says which services of the new active cannot be reached from
+	// there, and why; empty if all can.
+	Unreachable string `json:"unreachable,omitempty"`
+}
+
+const (
+	// preflightTimeout bounds the wait for reports.
+	preflightTimeout = 10 * time.Second
+	// planKept is after how long the driver takes a plan's request back.
+	planKept = time.Minute
+)
+
+// request asks for a switch of roles. It refuses what hold would refuse.
+func (r rules) request(s *State, roles []string, o order, planOnly bool, now time.Time) error {
+	if err := r.hold(s.Clone(), roles, o, now); err != nil {
+		return err
+	}
+	s.Switches++
+	for _, role := range roles {
+		row := s.Roles[role]
+		row.Request = &Request{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Asked: now, Roles: slices.Clone(roles),
+			Hooks: slices.Clone(o.hooks), ConfirmedClean: o.confirmedClean, PlanOnly: planOnly}
+		s.Roles[role] = row
+	}
+	return nil
+}
+
+// requested looks up a role for which the switch with this number is asked.
+func (s *State) requested(role string, number uint64) (Row, error) {
+	row, err := s.row(role)
+	if err == nil && (row.Request == nil || row.Request.Number != number) {
+		err = fmt.Errorf("%w: role %s: switch %d is not asked for any more", ErrConflict, role, number)
+	}
+	return row, err
+}
+
+// report takes a frontend's report, with what it hands in.
+func (r rules) report(s *State, id, role string, number uint64, report Report, hand handed) error {
+	row, err := s.requested(role, number)
+	if err != nil {
+		return err
+	}
+	if _, ok := s.Frontends[id]; !ok {
+		return fmt.Errorf("%w: frontend %s is not registered", ErrConflict, id)
+	}
+	reports := maps.Clone(row.Request.Reports)
+	if reports == nil {
+		reports = make(map[string]Report)
+	}
+	reports[id] = report
+	req := *row.Request
+	req.Reports = reports
+	row.Request = &req
+	row.take(hand)
+	s.Roles[role] = row
+	return nil
+}
+
+// start holds the roles of a request.
+func (r rules) start(s *State, role string, number uint64, now time.Time) error {
+	row, err := s.requested(role, number)
+	if err != nil {
+		return err
+	}
+	q := *row.Request
+	o := order{number: number, to: q.To, who: q.Who, why: q.Why, hooks: q.Hooks, confirmedClean: q.ConfirmedClean}
+	return r.hold(s, q.Roles, o, now)
+}
+
+// refuse ends a request. It is in the history like a switch that was aborted,
+// unless it was for a plan.
+func (r rules) refuse(s *State, role string, number uint64, why string, now time.Time) error {
+	row, err := s.requested(role, number)
+	if err != nil {
+		return err
+	}
+	for _, role := range row.Request.Roles {
+		row, err := s.requested(role, number)
+		if err != nil {
+			continue // the store went back
+		}
+		q := row.Request
+		if !q.PlanOnly {
+			s.record(SwitchRecord{Role: role, From: row.Active, Epoch: row.Epoch, Ended: now,
+				Switch: Switch{Number: number, To: q.To, Who: q.Who, Why: q.Why, Started: q.Asked, Roles: q.Roles, Hooks: q.Hooks, AbortWhy: why}})
+		}
+		row.Request = nil
+		s.Roles[role] = row
+	}
+	return nil
+}
+
+// obstacle says what keeps a request's switch from beginning: "" if nothing, and
+// whether it may pass by waiting. row is that of the first role.
+func (s *State) obstacle(row Row) (why string, mayPass bool) {
+	q := row.Request
+	var missing, unready []string
+	for _, id := range sortedKeys(s.Frontends) {
+		r, reported := q.Reports[id]
+		switch {
+		case !reported:
+			missing = append(missing, id)
+		case r.Unreachable != "" && !slices.Contains(q.Hooks, HookPromote): // which may be what opens its doors
+			unready = append(unready, fmt.Sprintf("frontend %s cannot reach %s: %s", id, q.To, r.Unreachable))
+		case r.Sessions > r.Places:
+			unready = append(unready, fmt.Sprintf("frontend %s has %d sessions and %d places for logins to wait: raise limits.max_parked and limits.max_parked_per_role",
+				id, r.Sessions, r.Places))
+		}
+	}
+	if len(unready) > 0 {
+		return "preflight: " + strings.Join(unready, "; "), false
+	}
+	if len(missing) > 0 {
+		return "preflight: no report from frontend " + strings.Join(missing, ", ") + ": is it running? See `posthouse frontends`", true
+	}
+	return "", false
+}
+
+// answerRequests reports on requests until ctx ends. Apart from keep: a backend
+// that does not answer must not delay an ack.
+func (t *Table) answerRequests(ctx context.Context) {
+	for ctx.Err() == nil {
+		changed := t.Changed()
+		wait := make(<-chan time.Time)
+		if err := t.reportDue(ctx); err != nil && ctx.Err() == nil {
+			t.log.Error("reporting on a switch; trying again", zap.Error(err))
+			wait = time.After(retryAfter)
+		}
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-wait:
+		}
+	}
+}
+
+// reportDue reports on the requests that wait for this frontend.
+func (t *Table) reportDue(ctx context.Context) error {
+	var errs []error
+	s, id := t.Snapshot(), t.ID()
+	reach := make(map[string]string) // by backend: each is tried once
+	for _, role := range sortedKeys(s.Roles) {
+		q := s.Roles[role].Request
+		if q == nil {
+			continue
+		}
+		if _, registered := s.Frontends[id]; !registered {
+			continue
+		}
+		if _, reported := q.Reports[id]; reported {
+			continue
+		}
+		if _, tried := reach[q.To]; !tried && t.opt.Reach != nil {
+			reach[q.To] = ""
+			if err := t.opt.Reach(ctx, q.To); err != nil {
+				reach[q.To] = err.Error()
+			}
+		}
+		report, hand := t.prepareReport(role, reach[q.To])
+		fresh, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.report(s, id, role, q.Number, report, hand) })
+		if err == nil {
+			t.install(fresh, false)
+			continue
+		}
+		t.putBack(role, hand)
+		if !errors.Is(err, ErrConflict) {
+			errs = append(errs, fmt.Errorf("reporting on switch %d of role %s: %w", q.Number, role, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (t *Table) prepareReport(role, unreachable string) (Report, handed) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	g := t.gateLocked(role)
+	t.pruneLocked(g)
+	hand := g.handOver()
+	for s := range g.stays { // they may change more
+		g.see(s.User)
+	}
+	free := t.opt.Parking.Total - t.slots[slot{slotTotal, ""}]
+	return Report{Sessions: len(g.stays), Places: min(free, t.opt.Parking.Role), Unreachable: unreachable}, hand
+}
+
+// stepRequest does what is due for a request. row is that of its first role.
+func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row) (bool, error) {
+	t, q, now := d.t, row.Request, time.Now()
+	asked, known := d.requests[q.Number]
+	if !known {
+		asked = now
+		d.requests[q.Number] = asked
+	}
+	why, mayPass := s.obstacle(row)
+	switch {
+	case q.PlanOnly && now.Sub(asked) < planKept:
+		return false, nil
+	case q.PlanOnly:
+		why = "nobody has taken the plan"
+	case why == "":
+		did, err := d.commitAll(ctx, role+": holding", func(s *State) error { return t.rules.start(s, role, q.Number, now) })
+		if did || err != nil {
+			return did, err
+		}
+		why = "the role table does not allow it any more" // hold says why, and the debug log
+		if err := t.rules.start(t.Snapshot().Clone(), role, q.Number, now); err != nil {
+			why = err.Error()
+		}
+	case mayPass && now.Sub(asked) < preflightTimeout:
+		return false, nil
+	}
+	t.log.Warn("switch refused", zap.String("role", role), zap.Uint64("switch", q.Number), zap.String("why", why))
+	return d.commitAll(ctx, role+": refusing", func(s *State) error { return t.rules.refuse(s, role, q.Number, why, now) })
+}

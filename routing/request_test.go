@@ -1,0 +1,148 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// Safety 19: a switch that could not end well does not begin.
+func TestSafety19Preflight(t *testing.T) {
+	for name, c := range map[string]struct {
+		reach   error
+		parking Parking
+		hooks   []Hook
+		reason  string // "": it switches
+	}{
+		"all is well":                {nil, Parking{}, nil, ""},
+		"a frontend cannot reach b":  {errors.New("imap: connection refused"), Parking{}, nil, "cannot reach b: imap: connection refused"},
+		"promote opens its doors":    {errors.New("imap: connection refused"), Parking{}, []Hook{HookPromote}, ""},
+		"no places for their logins": {nil, Parking{Role: 1}, nil, "2 sessions and 1 places"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newHost(t)
+				h.opt.Parking = c.parking
+				f := h.startWith(&hookLog{}, c.hooks...)
+				h.opt.Reach = func(_ context.Context, backend string) error {
+					if backend != "b" {
+						t.Errorf("asked to reach %s", backend)
+					}
+					return c.reach
+				}
+				g := h.start("g")
+				var stays []*Stay
+				for range 2 {
+					s := g.enter("alice")
+					stays = append(stays, s)
+				}
+				if c.reason == "" {
+					go func() {
+						for _, s := range stays {
+							<-s.Revoked()
+							s.Leave(proven)
+						}
+					}()
+					f.mustSwitch(toB)
+				} else {
+					f.mustFail(toB, "preflight: ", c.reason)
+					if row := f.Snapshot().Roles["ma01"]; row.Epoch != 1 || row.Request != nil {
+						t.Errorf("%+v", row)
+					}
+					for _, s := range stays {
+						if s.Check() != nil {
+							t.Error("a session was ended by a switch that did not begin")
+						}
+						s.Leave(proven)
+					}
+				}
+				f.stop()
+				g.stop()
+			})
+		})
+	}
+}
+
+// A plan asks every frontend and changes nothing.
+func TestPlan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.startWith(&hookLog{}, HookDemote, HookUndoDemote, HookPromote)
+		g := h.start("g")
+		stay := g.enter("bob")
+		p, err := f.Plan(t.Context(), toB)
+		if err != nil || p.Refused != "" || p.From != "a" || len(p.Frontends) != 2 || len(p.Steps) != 4 {
+			t.Fatalf("%+v, %v", p, err)
+		}
+		sessions := 0
+		for _, fe := range p.Frontends {
+			if fe.Report == nil || !fe.Alive {
+				t.Fatalf("%+v", fe)
+			}
+			sessions += fe.Report.Sessions
+		}
+		if sessions != 1 {
+			t.Errorf("%d sessions", sessions)
+		}
+		if row := f.Snapshot().Roles["ma01"]; row.Epoch != 1 || row.Request != nil || len(f.Snapshot().History) != 0 || stay.Check() != nil {
+			t.Errorf("the plan has changed something: %+v", row)
+		}
+		if p, err = f.Plan(t.Context(), SwitchRequest{Role: "ma01", To: "a"}); err != nil || !strings.Contains(p.Refused, "active already") {
+			t.Errorf("%+v, %v", p, err)
+		}
+		stay.Leave(proven)
+		f.stop()
+		g.stop()
+	})
+}
+
+// A frontend that hangs keeps neither a plan nor a switch waiting for ever.
+func TestSilentFrontendIsNamed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		h.opt.Reach = func(ctx context.Context, _ string) error {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		g := h.start("g")
+		began := time.Now()
+		p, err := f.Plan(t.Context(), toB)
+		if err != nil || !strings.Contains(p.Refused, "no report from frontend "+g.ID()) {
+			t.Errorf("%+v, %v", p, err)
+		}
+		f.mustFail(toB, "no report from frontend "+g.ID())
+		if took := time.Since(began); took > planTimeout+preflightTimeout+2*time.Second {
+			t.Errorf("took %v", took)
+		}
+		f.stop()
+		g.stop()
+	})
+}
+
+// A request that is being prepared excludes another, and can be taken back.
+func TestRequestIsAborted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		hangs := make(chan struct{})
+		h.opt.Reach = func(ctx context.Context, _ string) error {
+			<-hangs
+			return nil
+		}
+		f := h.start("f")
+		done := f.goSwitch(toB)
+		synctest.Wait()
+		f.mustFail(toB, "switch 1 to b is being prepared")
+		if err := f.Abort(t.Context(), "ma01", "root", "not today"); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err == nil || !strings.Contains(err.Error(), "not today") {
+			t.Errorf("%v", err)
+		}
+		close(hangs)
+		f.stop()
+	})
+}
