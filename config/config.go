@@ -390,9 +390,9 @@ type LMTP struct {
 	// IdleTimeout is how long a connection to a backend is kept for the next
 	// message. Default 60s.
 	IdleTimeout time.Duration `yaml:"idle_timeout"`
-	// CommandTimeout is how long an MTA may be silent, and how long a backend
-	// may take for each reply before the message. Default 5m (RFC 5321
-	// §4.5.3.2).
+	// CommandTimeout is how long an MTA may be silent. Default 5m (RFC 5321
+	// §4.5.3.2.7). A backend's replies before the message are bounded by
+	// Limits.BackendLoginTimeout.
 	CommandTimeout time.Duration `yaml:"command_timeout"`
 	// ReplyTimeout is how long a backend may take for its replies after the
 	// message; past it the MTA is told to try again, and a residue remains.
@@ -429,6 +429,10 @@ type Fanout struct {
 	// MaxLag is how long the slowest backend may stall the others before the
 	// message goes to disk, in StateDir; greater than zero. Default 1s.
 	MaxLag time.Duration `yaml:"max_lag"`
+	// MaxSpool bounds the octets of all messages together that are on disk;
+	// greater than zero. Once it is reached, a backend that stalls the others
+	// drops out of the transaction. Default 1073741824 (1 GiB).
+	MaxSpool int `yaml:"max_spool"`
 }
 
 // Default returns the configuration of an empty file, except for Hostname,
@@ -479,7 +483,7 @@ func Default() *Config {
 			RecipientDelimiter: "+",
 		},
 		Hold:   Hold{LMTP: 20 * time.Second},
-		Fanout: Fanout{MaxLag: time.Second},
+		Fanout: Fanout{MaxLag: time.Second, MaxSpool: 1 << 30},
 	}
 }
 

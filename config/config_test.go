@@ -303,7 +303,7 @@ func TestDefaults(t *testing.T) {
 			IdleTimeout: time.Minute, CommandTimeout: 5 * time.Minute, ReplyTimeout: 5 * time.Minute, RecipientDelimiter: "+",
 		},
 		Hold:   Hold{20 * time.Second},
-		Fanout: Fanout{time.Second},
+		Fanout: Fanout{time.Second, 1 << 30},
 		Log:    Log{"info", "json"},
 	}
 	if !reflect.DeepEqual(got, want) {

@@ -252,7 +252,7 @@ func (t *transaction) start() *reply {
 		return &r
 	}
 	t.body = spool.New(spool.Options{
-		Dir: t.server.lmtp.options.SpoolDir, MaxLag: t.server.lmtp.options.MaxLag, OnSpill: t.spilled,
+		Dir: t.server.lmtp.options.SpoolDir, MaxLag: t.server.lmtp.options.MaxLag, Disk: t.server.lmtp.disk, OnSpill: t.spilled,
 	})
 	n := 0
 	for _, g := range t.legs {

@@ -19,6 +19,7 @@ import (
 	"github.com/posthouse/posthouse/backendpool"
 	"github.com/posthouse/posthouse/proxy/auth"
 	"github.com/posthouse/posthouse/proxy/splice"
+	"github.com/posthouse/posthouse/proxy/spool"
 	"github.com/posthouse/posthouse/routing"
 )
 
@@ -63,6 +64,7 @@ type LMTPOptions struct {
 	Hold           time.Duration // for roles on hold, per transaction
 	MaxLag         time.Duration // see spool.Options
 	SpoolDir       string
+	MaxSpool       int64 // octets there, of all messages together
 
 	Delimiter    string   // before the detail of a local part; empty is none
 	LocalDomains []string // whose users have no domain
@@ -89,6 +91,7 @@ type LMTPListener struct {
 type lmtpTarget struct {
 	options LMTPOptions
 	reuse   *backendpool.Reuse[*lmtpConn]
+	disk    *spool.Disk
 }
 
 // lmtpSession is one MTA's connection, from Accept to Close.

@@ -22,6 +22,7 @@ import (
 	"github.com/posthouse/posthouse/backendpool"
 	"github.com/posthouse/posthouse/proxy/auth"
 	"github.com/posthouse/posthouse/proxy/splice"
+	"github.com/posthouse/posthouse/proxy/spool"
 	"github.com/posthouse/posthouse/routing"
 )
 
@@ -108,7 +109,7 @@ func New(o Options) *Server {
 			"sieve": func() dialect { return &sieveDialect{announce: o.Sieve} },
 		},
 		lmtp: &lmtpTarget{
-			options: o.LMTP, reuse: backendpool.NewReuse[*lmtpConn](o.LMTP.MaxConnections, o.LMTP.IdleTimeout),
+			options: o.LMTP, disk: spool.NewDisk(o.LMTP.MaxSpool), reuse: backendpool.NewReuse[*lmtpConn](o.LMTP.MaxConnections, o.LMTP.IdleTimeout),
 		},
 	}
 	s.offers = newOffers(s)

@@ -136,7 +136,7 @@ func lmtpOptions(t testing.TB, settings map[string]string) LMTPOptions {
 	return LMTPOptions{
 		MaxSize: 1 << 20, MaxRecipients: recipients, MaxHops: 5, MaxLine: 8000, MaxConnections: berths,
 		IdleTimeout: patience, CommandTimeout: limitOf(t, settings, "command", patience), ReplyTimeout: limitOf(t, settings, "reply", patience),
-		Hold: limitOf(t, settings, "hold", patience), MaxLag: limitOf(t, settings, "lag", time.Second), SpoolDir: t.TempDir(),
+		Hold: limitOf(t, settings, "hold", patience), MaxLag: limitOf(t, settings, "lag", time.Second), SpoolDir: t.TempDir(), MaxSpool: 1 << 30,
 		Delimiter: "+", LocalDomains: []string{"example.org"}, Postmaster: "bob", Names: auth.Normalizer{Lowercase: true},
 	}
 }

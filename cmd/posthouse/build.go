@@ -144,7 +144,7 @@ func (i *instance) lmtpOptions() proxy.LMTPOptions {
 	return proxy.LMTPOptions{
 		MaxSize: int64(l.MaxSize), MaxRecipients: l.MaxRecipients, MaxHops: l.MaxHops, MaxLine: l.MaxLine,
 		MaxConnections: l.MaxConnections, IdleTimeout: l.IdleTimeout, CommandTimeout: l.CommandTimeout, ReplyTimeout: l.ReplyTimeout,
-		Hold: i.cfg.Hold.LMTP, MaxLag: i.cfg.Fanout.MaxLag, SpoolDir: i.cfg.StateDir,
+		Hold: i.cfg.Hold.LMTP, MaxLag: i.cfg.Fanout.MaxLag, SpoolDir: i.cfg.StateDir, MaxSpool: int64(i.cfg.Fanout.MaxSpool),
 		Delimiter: l.RecipientDelimiter, LocalDomains: l.LocalDomains, Postmaster: l.Postmaster, CatchAll: l.CatchAll,
 		Names: normalizer(i.cfg),
 	}

@@ -53,6 +53,9 @@ type Options struct {
 	// with 0 it goes there at once. Readers that are all equally slow stall
 	// nobody.
 	MaxLag time.Duration
+	// Disk, if set, bounds the files of all Spools that share it. Who finds it
+	// full goes on in memory, as where the file fails: see Write.
+	Disk *Disk
 	// OnSpill is called once, by the writer, when the message goes to the
 	// file. It may be nil.
 	OnSpill func()
@@ -186,6 +189,7 @@ func (s *Spool) Close() error {
 	if s.file == nil {
 		return nil
 	}
+	s.options.Disk.give(s.fileTo - s.fileFrom)
 	if err := s.file.Close(); err != nil {
 		return fmt.Errorf("close spool file: %w", err)
 	}
@@ -256,7 +260,12 @@ func (s *Spool) replaceRingLocked(from int64, size int) {
 func (s *Spool) toFileLocked(p []byte) int {
 	file, at := s.file, s.written-s.fileFrom
 	s.mu.Unlock()
-	n, err := file.WriteAt(p, at)
+	var n int
+	err := s.options.Disk.take(int64(len(p)))
+	if err == nil {
+		n, err = file.WriteAt(p, at)
+		s.options.Disk.give(int64(len(p) - n))
+	}
 	s.mu.Lock()
 	s.written += int64(n)
 	s.fileTo = s.written
