@@ -179,7 +179,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	limits := i.cfg.Limits
 	i.table, err = routing.Start(ctx, routing.Options{
 		ID: routing.NewID(i.cfg.Hostname), Store: i.store, Directory: chain, Local: i.state,
-		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: hooks(i.cfg.Roles), Reach: i.reach,
+		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: hooks(i.cfg.Roles, i.cfg.StateDir), Reach: i.reach,
 		ResidueMaxAge: limits.ResidueMaxAge,
 		Parking: routing.Parking{Total: limits.MaxParked, Role: limits.MaxParkedPerRole, User: limits.MaxParkedPerUser,
 			Address: limits.MaxParkedPerIP, Unverified: limits.MaxParkedUnverified, EntryRate: limits.EntryRate},
@@ -207,8 +207,8 @@ func roleConfig(r config.Role) routing.RoleConfig {
 }
 
 // hooks are the programs of all roles.
-func hooks(roles map[string]config.Role) *hookrun.Runner {
-	r := &hookrun.Runner{Roles: make(map[string]hookrun.Commands, len(roles))}
+func hooks(roles map[string]config.Role, dir string) *hookrun.Runner {
+	r := &hookrun.Runner{Dir: dir, Roles: make(map[string]hookrun.Commands, len(roles))}
 	for name, role := range roles {
 		commands := make(hookrun.Commands)
 		for hook, argv := range role.Hooks.ByName() {

@@ -33,6 +33,8 @@ type Commands map[routing.Hook][]string
 type Runner struct {
 	// Roles are the commands of each role.
 	Roles map[string]Commands
+	// Dir is where the lists of users lie while a hook runs.
+	Dir string
 }
 
 var _ routing.Hooks = (*Runner)(nil)
@@ -48,6 +50,8 @@ var _ routing.Hooks = (*Runner)(nil)
 //	POSTHOUSE_EPOCH    the epoch of the role; it grows with every switch
 //	POSTHOUSE_STEP     demote, prove, catch_up, promote, undo_demote, undo_promote
 //	POSTHOUSE_ATTEMPT  which driver of the switch asks: 1, 2, …
+//	POSTHOUSE_USERS    a file with the users whose mail may have changed since the last
+//	                   switch, one in a line; empty: any user may be one of them
 //
 // Exit status 75 is routing.ErrTryAgain, any other but 0 an error. When ctx ends,
 // the group gets SIGTERM, and SIGKILL a second later. Run returns when the
@@ -60,6 +64,11 @@ func (r *Runner) Run(ctx context.Context, call routing.HookCall) (output string,
 	if len(argv) == 0 {
 		return "", fmt.Errorf("this frontend has no %s hook for role %s in its configuration, and drives the switch", call.Hook, call.Roles[0])
 	}
+	users, err := r.list(call.Seen)
+	if err != nil {
+		return "", err
+	}
+	defer os.Remove(users) // fails if there is none
 	var out tail
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -67,7 +76,7 @@ func (r *Runner) Run(ctx context.Context, call routing.HookCall) (output string,
 		"POSTHOUSE_ROLE="+call.Roles[0], "POSTHOUSE_ROLES="+strings.Join(call.Roles, " "),
 		"POSTHOUSE_FROM="+call.From, "POSTHOUSE_TO="+call.To,
 		"POSTHOUSE_SWITCH="+strconv.FormatUint(call.Number, 10), "POSTHOUSE_EPOCH="+strconv.FormatUint(call.Epoch, 10),
-		"POSTHOUSE_STEP="+string(call.Hook), "POSTHOUSE_ATTEMPT="+strconv.Itoa(call.Attempt))
+		"POSTHOUSE_STEP="+string(call.Hook), "POSTHOUSE_ATTEMPT="+strconv.Itoa(call.Attempt), "POSTHOUSE_USERS="+users)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	// A grandchild that holds the output open must not keep the switch waiting.
 	cmd.WaitDelay = killAfter
@@ -90,6 +99,26 @@ func (r *Runner) Run(ctx context.Context, call routing.HookCall) (output string,
 		err = nil // it has ended with 0
 	}
 	return out.String(), err
+}
+
+// list writes a file of users; its path is empty if it would be all of them.
+func (r *Runner) list(seen routing.Seen) (path string, err error) {
+	if seen.All {
+		return "", nil
+	}
+	f, err := os.CreateTemp(r.Dir, "users-*")
+	if err != nil {
+		return "", fmt.Errorf("list of users for a hook: %w", err)
+	}
+	var text strings.Builder
+	for _, user := range seen.Users {
+		text.WriteString(user + "\n")
+	}
+	_, err = f.WriteString(text.String())
+	if err = errors.Join(err, f.Close()); err != nil {
+		return "", errors.Join(fmt.Errorf("list of users for a hook: %w", err), os.Remove(f.Name()))
+	}
+	return f.Name(), nil
 }
 
 // endGroup ends a process group when ctx ends, and what is left of it once its

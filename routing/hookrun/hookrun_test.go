@@ -36,6 +36,29 @@ func TestHookGetsWhatItNeeds(t *testing.T) {
 	}
 }
 
+// The list of users is there while the hook runs, and nothing stays behind.
+func TestHookGetsTheUsers(t *testing.T) {
+	r := shell(t, `[ -n "$POSTHOUSE_USERS" ] || { echo all; exit; }; cat "$POSTHOUSE_USERS"`)
+	r.Dir = t.TempDir()
+	for _, c := range []struct {
+		seen routing.Seen
+		want string
+	}{
+		{routing.Seen{All: true}, "all"},
+		{routing.Seen{Users: []string{"alice", "bob smith"}}, "alice\nbob smith"},
+		{routing.Seen{}, ""},
+	} {
+		asked := call(routing.HookDemote)
+		asked.Seen = c.seen
+		if out, err := r.Run(t.Context(), asked); err != nil || out != c.want {
+			t.Errorf("%+v: %q, %v", c.seen, out, err)
+		}
+	}
+	if left, err := os.ReadDir(r.Dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
 func TestHowAHookEnds(t *testing.T) {
 	for _, c := range []struct {
 		script, output string
