@@ -36,6 +36,7 @@ type site struct {
 	active   string            // seeds an empty store
 	auth     string            // YAML; empty: a file with everybody's password
 	limits   string            // YAML; empty: the defaults
+	hooks    string            // of ma01, YAML after its active; empty: none
 	roles    map[string]string // further roles → YAML
 	doors    []string          // further listeners, YAML; $HOST and $DIR are the frontend's
 	more     []string          // further sections, YAML
@@ -117,7 +118,7 @@ func (s *site) yaml(p *posthouse, dir string) string {
 			"      tls: {mode: starttls, ca: %s, server_name: %s%s},\n      login: %s, done: %s}\n",
 			name, be.host, be.host, be.host, be.host, lab.ca.file, be.cert, lmtpTLS, login, be.done)
 	}
-	fmt.Fprintf(&b, "roles:\n  ma01: {members: [%s], active: %s}\n", s.members, s.active)
+	fmt.Fprintf(&b, "roles:\n  ma01: {members: [%s], active: %s%s}\n", s.members, s.active, s.hooks)
 	for _, role := range slices.Sorted(maps.Keys(s.roles)) {
 		fmt.Fprintf(&b, "  %s: %s\n", role, s.roles[role])
 	}

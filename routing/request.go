@@ -43,7 +43,7 @@ type Report struct {
 }
 
 const (
-	// preflightTimeout bounds the wait for reports.
+	// preflightTimeout bounds the wait for reports; so does SwitchBudget.
 	preflightTimeout = 10 * time.Second
 	// planKept is after how long the driver takes a plan's request back.
 	planKept = time.Minute
@@ -245,7 +245,7 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 		if err := t.rules.start(t.Snapshot().Clone(), role, q.Number, now); err != nil {
 			why = err.Error()
 		}
-	case mayPass && now.Sub(asked) < preflightTimeout:
+	case mayPass && now.Sub(asked) < min(preflightTimeout, t.opt.SwitchBudget):
 		return false, nil
 	}
 	t.log.Warn("switch refused", zap.String("role", role), zap.Uint64("switch", q.Number), zap.String("why", why))
