@@ -47,6 +47,11 @@ type Config struct {
 	// copied. Default /var/lib/posthouse.
 	StateDir string `yaml:"state_dir"`
 	Store    Store  `yaml:"store"`
+	// Fencing says what a frontend means for a switch that says nothing.
+	// stable (default): the switch is aborted until it answers or the operator
+	// has confirmed that it is down. leased: once its lease in the store has
+	// run out it counts as ended; it has ended its sessions before.
+	Fencing string `yaml:"fencing"`
 	// Listeners are the sockets that clients connect to; at least one.
 	Listeners []Listener `yaml:"listeners"`
 	TLS       TLS        `yaml:"tls"`
@@ -68,13 +73,6 @@ type Config struct {
 	Fanout   Fanout          `yaml:"fanout"`
 	Log      Log             `yaml:"log"`
 	Greeting Greeting        `yaml:"greeting"`
-}
-
-// Store says where the role table lives.
-type Store struct {
-	// Type is file (default): one file in StateDir; one host, any number of
-	// frontends on it.
-	Type string `yaml:"type"`
 }
 
 // Listener is one socket for clients or, with protocol lmtp, for MTAs.
@@ -440,7 +438,8 @@ type Fanout struct {
 func Default() *Config {
 	return &Config{
 		StateDir:  "/var/lib/posthouse",
-		Store:     Store{Type: "file"},
+		Store:     Store{Type: StoreFile, Prefix: "/posthouse", Lease: 10 * time.Second},
+		Fencing:   FencingStable,
 		TLS:       TLS{MinVersion: "1.2"},
 		Usernames: Usernames{Lowercase: true},
 		Admin:     Admin{Socket: "/run/posthouse/admin.sock", SocketMode: 0o600},

@@ -280,7 +280,8 @@ func TestDefaults(t *testing.T) {
 	want := &Config{
 		Hostname:  hostname,
 		StateDir:  "/var/lib/posthouse",
-		Store:     Store{"file"},
+		Store:     Store{Type: "file", Prefix: "/posthouse", Lease: 10 * time.Second},
+		Fencing:   "stable",
 		Listeners: []Listener{{Protocol: "imap", Address: ":1143", TLS: "starttls"}},
 		TLS:       TLS{[]Certificate{{dir + "/fullchain.pem", dir + "/privkey.pem"}}, "1.2"},
 		Auth:      []Auth{{Type: "file", Path: dir + "/users.passwd"}},

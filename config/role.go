@@ -29,6 +29,11 @@ type Hooks struct {
 	CatchUp []string `yaml:"catch_up"`
 	// Promote makes the new active take writes.
 	Promote []string `yaml:"promote"`
+	// Fence makes sure, in a failover, that the dead active is off and stays off.
+	Fence []string `yaml:"fence"`
+	// Rejoin makes a member that a failover has left behind a copy of the
+	// active again.
+	Rejoin []string `yaml:"rejoin"`
 	// UndoDemote and UndoPromote turn an abort back.
 	UndoDemote  []string `yaml:"undo_demote"`
 	UndoPromote []string `yaml:"undo_promote"`
@@ -37,7 +42,7 @@ type Hooks struct {
 // ByName returns the hooks that there are, by the name of their key.
 func (h Hooks) ByName() map[string][]string {
 	all := map[string][]string{"demote": h.Demote, "prove": h.Prove, "catch_up": h.CatchUp, "promote": h.Promote,
-		"undo_demote": h.UndoDemote, "undo_promote": h.UndoPromote}
+		"undo_demote": h.UndoDemote, "undo_promote": h.UndoPromote, "fence": h.Fence, "rejoin": h.Rejoin}
 	maps.DeleteFunc(all, func(_ string, argv []string) bool { return len(argv) == 0 })
 	return all
 }

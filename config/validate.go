@@ -30,6 +30,7 @@ func (v *validation) run() {
 	v.usernames()
 	v.backends()
 	v.roles()
+	v.store()
 	v.admin()
 	v.limits()
 	v.lmtp()
@@ -111,7 +112,6 @@ func (v *validation) general() {
 	if info, err := os.Stat(v.cfg.StateDir); err == nil && !info.IsDir() {
 		v.faultAt("state_dir", v.cfg.StateDir+" is not a directory", "name a directory on a local file system")
 	}
-	v.oneOf("store.type", v.cfg.Store.Type, "file")
 	v.oneOf("log.level", v.cfg.Log.Level, "debug", "info", "warn", "error")
 	v.oneOf("log.format", v.cfg.Log.Format, "json", "console")
 }

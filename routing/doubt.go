@@ -140,9 +140,9 @@ func (r rules) initRole(s *State, role, active string, members []string, known u
 		known = max(known, f.Floors[role])
 	}
 	s.Switches++
-	s.Roles[role] = Row{Members: row.Members, Epoch: max(known, row.Epoch) + 1, Phase: PhaseHold, Residues: row.Residues, Seen: Seen{All: true},
+	s.Roles[role] = Row{Members: row.Members, Epoch: max(known, row.Epoch) + 1, Phase: PhaseHold, Residues: row.Residues, Seen: Seen{All: true}, Stale: row.Stale,
 		Switch: &Switch{Number: s.Switches, To: active, Who: who, Why: "roles init", Started: now, Roles: []string{role}, Steps: []Step{{PhaseHold, now}}}}
 	return nil
 }
 
-var initGuards = []guard{holdGuards[3], holdGuards[5]}
+var initGuards = []guard{holdGuards[3], holdGuards[6]}

@@ -79,7 +79,7 @@ func decide(s *State, d driving, isOver, agesOut bool) (move, string) {
 		blocked = "residue: " + rest
 	}
 	canAbort := row.canAbort() == ""
-	hook, _ := hookOf(row.Phase)
+	hook, _ := row.Switch.hooks(row.Phase)
 	switch {
 	case canAbort && d.failed != "":
 		return moveAbort, blocked
@@ -120,7 +120,7 @@ func decideUndo(row Row, d driving) (move, string) {
 		return moveReopen, ""
 	}
 	last := row.Switch.Begun[len(row.Switch.Begun)-1]
-	if _, undo := hookOf(last); row.Switch.has(undo) && d.undone != last {
+	if _, undo := row.Switch.hooks(last); row.Switch.has(undo) && d.undone != last {
 		return moveUndo, string(undo)
 	}
 	return moveUndone, string(last)

@@ -198,7 +198,7 @@ func steps(hooks []Hook, from, to string) []PlanStep {
 	}
 	list := []PlanStep{{Phase: PhaseHold, Does: does}}
 	for p := sw.next(PhaseHold); p != PhaseOpen; p = sw.next(p) {
-		do, undo := hookOf(p)
+		do, undo := sw.hooks(p)
 		step := PlanStep{Phase: p, Does: "hook " + string(do)}
 		switch {
 		case sw.has(undo):

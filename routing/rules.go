@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 )
 
 // historyLimit bounds State.History. Operators read the last few switches;
@@ -30,6 +31,8 @@ type change struct {
 	to   string
 	// number of the switch that begins.
 	number uint64
+	// isFenced: the old active is proven to be off, or nobody needs proof.
+	isFenced bool
 	// proves: a hook may clear the residues on the old active.
 	proves bool
 }
@@ -117,6 +120,13 @@ var holdGuards = []guard{
 		}
 		return ""
 	}},
+	{"the new active is not stale", func(c change) string {
+		if stale, ok := c.row.Stale[c.to]; ok {
+			return fmt.Sprintf("%s was left behind by failover %d at %s: `posthouse rejoin %s %s` first", c.to, stale.Number,
+				stale.Since.UTC().Format(time.DateTime), c.role, c.to)
+		}
+		return ""
+	}},
 	{"every registered frontend knows the new active", func(c change) string {
 		for _, id := range sortedKeys(c.s.Frontends) {
 			if !slices.Contains(c.s.Frontends[id].Backends, c.to) {
@@ -156,7 +166,11 @@ func (s *State) missingAcks(role string) []string {
 	return missing
 }
 
+// residuesElsewhere are those that keep a role from opening on backend.
 func residuesElsewhere(row Row, backend string) []Residue {
+	if row.Switch != nil && row.Switch.AcceptLoss {
+		return nil // on the operator's word
+	}
 	var rest []Residue
 	for _, r := range row.Residues {
 		if r.Backend != backend {

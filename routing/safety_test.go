@@ -17,7 +17,7 @@ import (
 // mustFail runs a switch that has to be refused or aborted for a reason.
 func (p *process) mustFail(req SwitchRequest, reasons ...string) {
 	p.host.t.Helper()
-	_, err := p.Switch(context.Background(), req, nil)
+	_, err := p.switches(req)
 	if err == nil {
 		p.host.t.Fatalf("switch to %s succeeded, want an error with %q", req.To, reasons)
 	}
@@ -30,9 +30,17 @@ func (p *process) mustFail(req SwitchRequest, reasons ...string) {
 
 func (p *process) mustSwitch(req SwitchRequest) {
 	p.host.t.Helper()
-	if _, err := p.Switch(context.Background(), req, nil); err != nil {
+	if _, err := p.switches(req); err != nil {
 		p.host.t.Fatal(err)
 	}
+}
+
+// switches bounds the wait: where time is not real, a driver that is stuck would
+// go on for ever.
+func (p *process) switches(req SwitchRequest) (SwitchRecord, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 24*time.Hour)
+	defer cancel()
+	return p.Switch(ctx, req, nil)
 }
 
 func clean(req SwitchRequest) SwitchRequest {

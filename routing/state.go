@@ -68,12 +68,21 @@ type Row struct {
 	// Residues are works that may still run on a backend though their stay
 	// has ended. They outlive frontends, drivers and switches.
 	Residues []Residue `json:"residues,omitempty"`
+	// Stale are the members that were left behind by a failover: they lack mail,
+	// or have some that nobody else has. None becomes active before a rejoin.
+	Stale map[string]Stale `json:"stale,omitempty"`
 	// Seen are the users whose mail may have changed since the role's last
 	// switch: those who had stays, as far as frontends have handed them in.
 	Seen Seen `json:"seen,omitzero"`
 	// Doubt is set if a frontend knew this role better than the store does:
 	// the store was wiped or restored. `posthouse roles init` ends it.
 	Doubt *Doubt `json:"doubt,omitempty"`
+}
+
+// Stale says since when a member is.
+type Stale struct {
+	Number uint64    `json:"number"` // of the failover
+	Since  time.Time `json:"since"`
 }
 
 // Seen is a set of users.
@@ -107,6 +116,11 @@ type Switch struct {
 	// Hooks are those that the site had for it when the role was held. Whoever
 	// drives the switch goes by them.
 	Hooks []Hook `json:"hooks,omitempty"`
+	// Failover: the old active is taken for dead. It is not asked to demote
+	// itself; the fence hook proves that it is off, or AcceptLoss says that
+	// nobody needs proof.
+	Failover   bool `json:"failover,omitempty"`
+	AcceptLoss bool `json:"accept_loss,omitempty"`
 	// Attempt grows each time a driver takes the switch up; hooks get it.
 	Attempt int `json:"attempt"`
 	// Begun lists the hook phases entered so far, in order; abort undoes
@@ -220,6 +234,7 @@ func (r Row) clone() Row {
 	r.Members = slices.Clone(r.Members)
 	r.Residues = slices.Clone(r.Residues)
 	r.Seen.Users = slices.Clone(r.Seen.Users)
+	r.Stale = maps.Clone(r.Stale)
 	if r.Switch != nil {
 		sw := *r.Switch
 		sw.Begun = slices.Clone(sw.Begun)

@@ -2,6 +2,7 @@ package routing
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -17,24 +18,42 @@ const (
 	HookPromote     Hook = "promote"
 	HookUndoDemote  Hook = "undo_demote"
 	HookUndoPromote Hook = "undo_promote"
+	HookFence       Hook = "fence"  // in a failover, in DEMOTE's place
+	HookRejoin      Hook = "rejoin" // outside of switches
 )
 
 // AllHooks are the hooks that there are.
-var AllHooks = []Hook{HookDemote, HookProve, HookCatchUp, HookPromote, HookUndoDemote, HookUndoPromote}
+var AllHooks = []Hook{HookDemote, HookProve, HookCatchUp, HookPromote, HookUndoDemote, HookUndoPromote, HookFence, HookRejoin}
 
-// hookPhases are the phases between HOLD and OPEN, in order, with their hooks.
-var hookPhases = []struct {
+// hookPhase is a phase between HOLD and OPEN with its hooks.
+type hookPhase struct {
 	phase    Phase
 	do, undo Hook
-}{
-	{PhaseDemote, HookDemote, HookUndoDemote},
-	{PhaseCatchUp, HookCatchUp, ""},
-	{PhasePromote, HookPromote, HookUndoPromote},
 }
 
-// hookOf returns the hooks of a phase; both empty if it has none.
-func hookOf(p Phase) (do, undo Hook) {
-	for _, h := range hookPhases {
+// The phases of a switchover and of a failover, in order.
+var (
+	switchoverPhases = []hookPhase{
+		{PhaseDemote, HookDemote, HookUndoDemote},
+		{PhaseCatchUp, HookCatchUp, ""},
+		{PhasePromote, HookPromote, HookUndoPromote},
+	}
+	failoverPhases = []hookPhase{
+		{PhaseDemote, HookFence, HookUndoDemote},
+		{PhasePromote, HookPromote, HookUndoPromote},
+	}
+)
+
+func (sw *Switch) phases() []hookPhase {
+	if sw.Failover {
+		return failoverPhases
+	}
+	return switchoverPhases
+}
+
+// hooks returns the hooks of a phase; both empty if it has none.
+func (sw *Switch) hooks(p Phase) (do, undo Hook) {
+	for _, h := range sw.phases() {
 		if h.phase == p {
 			return h.do, h.undo
 		}
@@ -43,14 +62,16 @@ func hookOf(p Phase) (do, undo Hook) {
 }
 
 // has says whether the switch has a hook to run.
-func (sw *Switch) has(h Hook) bool { return h != "" && slices.Contains(sw.Hooks, h) }
+func (sw *Switch) has(h Hook) bool {
+	return h != "" && slices.Contains(sw.Hooks, h) && (h != HookFence || !sw.AcceptLoss)
+}
 
 func (sw *Switch) begun(p Phase) bool { return slices.Contains(sw.Begun, p) }
 
 // next is where the switch goes from p; phases without a hook are skipped.
 func (sw *Switch) next(p Phase) Phase {
 	past := p == PhaseHold
-	for _, h := range hookPhases {
+	for _, h := range sw.phases() {
 		if past && sw.has(h.do) {
 			return h.phase
 		}
@@ -76,6 +97,7 @@ type order struct {
 	number       uint64 // that a request has already; 0 for the next one
 	to, who, why string
 	hooks        []Hook
+	acceptLoss   bool // for a failover
 	// confirmedClean clears the roles' residues on the operator's word.
 	confirmedClean bool
 }
@@ -189,7 +211,8 @@ func (r rules) ran(s *State, role string, number uint64, run HookRun) error {
 	if err != nil {
 		return err
 	}
-	proves := run.Hook == HookProve && row.Phase == PhaseHold || run.Hook == HookDemote && row.Phase == PhaseDemote
+	stops := run.Hook == HookDemote || run.Hook == HookFence
+	proves := run.Hook == HookProve && row.Phase == PhaseHold || stops && row.Phase == PhaseDemote
 	if run.Error == "" && proves {
 		if err := r.check(change{s: s, role: role, row: row}, openGuards[:1]); err != nil {
 			return err
@@ -344,6 +367,14 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 	row.Active, row.Epoch, row.Phase, row.Switch = active, epoch, PhaseOpen, nil
 	if done {
 		row.Seen = Seen{} // the catch-up has looked at them
+	}
+	if done && rec.Failover && rec.From != "" {
+		row.Stale = maps.Clone(row.Stale)
+		if row.Stale == nil {
+			row.Stale = make(map[string]Stale)
+		}
+		row.Stale[rec.From] = Stale{rec.Number, now}
+		row.Residues = slices.DeleteFunc(row.Residues, func(res Residue) bool { return res.Backend == rec.From && rec.AcceptLoss })
 	}
 	s.Roles[role] = row
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/posthouse/posthouse/proxy/auth"
 	"github.com/posthouse/posthouse/routing"
 	"github.com/posthouse/posthouse/routing/directory"
+	"github.com/posthouse/posthouse/routing/etcdstore"
 	"github.com/posthouse/posthouse/routing/filestore"
 	"github.com/posthouse/posthouse/routing/hookrun"
 	"github.com/posthouse/posthouse/routing/statedir"
@@ -38,7 +39,7 @@ type instance struct {
 	cfg      *config.Config
 	log      *zap.Logger
 	state    *statedir.Dir
-	store    *filestore.Store
+	store    routing.Store
 	table    *routing.Table
 	server   *proxy.Server
 	built    chan struct{} // closed when server is there
@@ -159,7 +160,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 		i.log.Warn("state_dir does not survive a reboot: the role table would be seeded again from the configuration",
 			zap.String("state_dir", i.cfg.StateDir), zap.String("file_system", fs))
 	}
-	if i.store, err = filestore.Open(i.state); err != nil {
+	if i.store, err = i.openStore(ctx); err != nil {
 		_ = i.state.Close()
 		return err
 	}
@@ -187,6 +188,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 		Settings: map[string]string{
 			"usernames.lowercase": strconv.FormatBool(i.cfg.Usernames.Lowercase),
 			"usernames.allow":     i.cfg.Usernames.Allow,
+			"fencing":             i.cfg.Fencing,
 		},
 		Logger: i.log, OnEvent: onEvent,
 	})
@@ -194,6 +196,48 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 		return errors.Join(err, i.store.Close(), i.state.Close())
 	}
 	return nil
+}
+
+// openStore opens where the role table lives.
+func (i *instance) openStore(ctx context.Context) (routing.Store, error) {
+	c := i.cfg.Store
+	if c.Type == config.StoreFile {
+		return filestore.Open(i.state)
+	}
+	secure, err := storeTLS(c)
+	if err != nil {
+		return nil, err
+	}
+	o := etcdstore.Options{Endpoints: c.Endpoints, Prefix: c.Prefix, TLS: secure, User: c.User, Dir: i.state,
+		Lease: c.Lease, Leased: i.cfg.Fencing == config.FencingLeased, Logger: i.log}
+	if c.PasswordFile != "" {
+		if o.Password, err = config.ReadSecret(c.PasswordFile); err != nil {
+			return nil, fmt.Errorf("store.password_file: %w", err)
+		}
+	}
+	return etcdstore.Open(ctx, o)
+}
+
+// storeTLS is the configuration for https endpoints; nil for others.
+func storeTLS(c config.Store) (*tls.Config, error) {
+	if !strings.HasPrefix(c.Endpoints[0], "https:") {
+		return nil, nil
+	}
+	secure := &tls.Config{MinVersion: tls.VersionTLS12}
+	if c.TLS.CA != "" {
+		var err error
+		if secure.RootCAs, err = authorities(c.TLS.CA); err != nil {
+			return nil, fmt.Errorf("store.tls.ca: %w", err)
+		}
+	}
+	if c.TLS.Cert != "" {
+		pair, err := tls.LoadX509KeyPair(c.TLS.Cert, c.TLS.Key)
+		if err != nil {
+			return nil, fmt.Errorf("store.tls: %w", err)
+		}
+		secure.Certificates = []tls.Certificate{pair}
+	}
+	return secure, nil
 }
 
 func roleConfig(r config.Role) routing.RoleConfig {

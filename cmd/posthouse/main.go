@@ -66,7 +66,7 @@ func rootCommand() *cobra.Command {
 		SilenceUsage: true, SilenceErrors: true,
 		RunE: func(*cobra.Command, []string) error { return errors.New("which command?") },
 	}
-	root.AddCommand(serveCommand(), checkCommand(), demoCommand(), rolesCommand(), switchCommand(), switchesCommand(), frontendsCommand(), fenceCommand(), explainCommand(),
+	root.AddCommand(serveCommand(), checkCommand(), demoCommand(), rolesCommand(), switchCommand(), failoverCommand(), rejoinCommand(), switchesCommand(), frontendsCommand(), fenceCommand(), explainCommand(),
 		sessionsCommand(), versionCommand())
 	return root
 }

@@ -124,6 +124,10 @@ func printRoles(w io.Writer, list []admin.Role) {
 	}
 	_ = tab.Flush() // to memory
 	for _, r := range list {
+		for _, member := range slices.Sorted(maps.Keys(r.Stale)) {
+			fmt.Fprintf(w, "\n%s of %s is stale since failover %d: it cannot become active before `posthouse rejoin %s %s`\n",
+				member, r.Role, r.Stale[member].Number, r.Role, member)
+		}
 		if r.InDoubt {
 			fmt.Fprintf(w, "\n%s is in doubt: %s.\n  Find out which backend served last, then: posthouse roles init %s --active BACKEND\n",
 				r.Role, r.Doubt.Why, r.Role)

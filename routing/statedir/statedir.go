@@ -7,6 +7,7 @@
 //	machine-id              the machine that the directory belongs to
 //	snapshot, .lock         the newest role table that any frontend here saw
 //	roles-last-used, .lock  one line per user: user TAB role
+//	frontends/ID.lock       held by the frontend ID for as long as it lives
 //	table.json, …           see package filestore
 package statedir
 

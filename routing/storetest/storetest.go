@@ -123,13 +123,20 @@ func full() *routing.State {
 	sw := routing.Switch{
 		Number: 7, To: "b", Who: "root", Why: `disk <"&> ü`, Started: at, Attempt: 2,
 		Begun: []routing.Phase{routing.PhaseDemote}, AbortWhy: "timeout",
-		Steps: []routing.Step{{Phase: routing.PhaseHold, At: at}},
+		Steps: []routing.Step{{Phase: routing.PhaseHold, At: at}}, Roles: []string{"ma01", "ma02"}, Hooks: []routing.Hook{routing.HookDemote},
+		Runs:  []routing.HookRun{{Hook: routing.HookDemote, Attempt: 1, Began: at, Took: time.Second, Output: "x\ny", Error: "exit status 1"}},
+		Stuck: "hook promote failed", Failover: true, AcceptLoss: true,
+	}
+	req := routing.Request{
+		Number: 8, To: "b", Who: "root", Why: "x", Asked: at, Roles: []string{"ma02"}, Hooks: []routing.Hook{routing.HookProve}, ConfirmedClean: true, PlanOnly: true,
+		Reports: map[string]routing.Report{"f1": {Sessions: 3, Places: 4, Unreachable: "imap: refused"}},
 	}
 	return &routing.State{
 		Roles: map[string]routing.Row{"ma01": {
 			Members: []string{"a", "b"}, Active: "a", Epoch: 1 << 60, Phase: routing.PhaseHold, Switch: &sw,
 			Residues: []routing.Residue{{Backend: "a", User: "alice@example.org", Frontend: "f1", Since: at, Why: "reset"}},
-		}},
+			Seen:     routing.Seen{Users: []string{"alice@example.org"}}, Stale: map[string]routing.Stale{"b": {Number: 3, Since: at}},
+		}, "ma02": {Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: routing.PhaseOpen, Request: &req, Seen: routing.Seen{All: true}}},
 		Frontends: map[string]routing.Frontend{"f1": {
 			Backends: []string{"a", "b"}, Floors: map[string]uint64{"ma01": 5}, BootID: "boot", Since: at,
 		}},

@@ -8,6 +8,8 @@
 //	POST /v1/switch/plan          SwitchRequest → routing.Plan
 //	POST /v1/switch/abort         SteerRequest → {}
 //	POST /v1/switch/resume        SteerRequest → {}
+//	POST /v1/failover             FailoverRequest → lines of Progress
+//	POST /v1/rejoin               RejoinRequest → Rejoined
 //	GET  /v1/switches             Switches
 //	GET  /v1/frontends            []routing.FrontendStatus
 //	POST /v1/frontends/fence      FenceRequest → {}
@@ -66,6 +68,28 @@ type SwitchRequest struct {
 
 func (r SwitchRequest) routing() routing.SwitchRequest {
 	return routing.SwitchRequest{Role: r.Role, To: r.To, Who: r.Who, Why: r.Reason, ConfirmedClean: r.ConfirmedClean}
+}
+
+// FailoverRequest asks for another active because the present one is dead. Role
+// and To are needed; Who and Reason are a SwitchRequest's.
+type FailoverRequest struct {
+	Role   string `json:"role"`
+	To     string `json:"to"`
+	Who    string `json:"who,omitempty"`
+	Reason string `json:"reason,omitempty"`
+	// AcceptLoss: without proof that the old active is off.
+	AcceptLoss bool `json:"accept_loss,omitempty"`
+}
+
+// RejoinRequest makes a stale member a copy of the active again.
+type RejoinRequest struct {
+	Role   string `json:"role"`
+	Member string `json:"member"`
+}
+
+// Rejoined says that it is one.
+type Rejoined struct {
+	Output string `json:"output"` // the end of what the hook wrote
 }
 
 // SteerRequest aborts or resumes the switch of a role. Role is needed; Who and

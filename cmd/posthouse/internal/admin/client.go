@@ -69,6 +69,22 @@ func (c *Client) Plan(ctx context.Context, req SwitchRequest) (p routing.Plan, e
 	return p, c.call(ctx, http.MethodPost, "/v1/switch/plan", req, &p)
 }
 
+// Failover is Switch when the active is dead.
+func (c *Client) Failover(ctx context.Context, req FailoverRequest, progress func(Progress)) (*routing.SwitchRecord, error) {
+	return c.stream(ctx, "/v1/failover", req, progress)
+}
+
+// Rejoin makes a stale member a copy of the active again. It takes as long as
+// the hook; when ctx ends the hook is ended too.
+func (c *Client) Rejoin(ctx context.Context, req RejoinRequest) (done Rejoined, err error) {
+	body, err := c.ask(ctx, http.MethodPost, "/v1/rejoin", req)
+	if err != nil {
+		return done, err
+	}
+	defer body.Close()
+	return done, json.NewDecoder(body).Decode(&done)
+}
+
 // Abort turns a switch back; the undoing goes on when it returns.
 func (c *Client) Abort(ctx context.Context, req SteerRequest) error {
 	return c.call(ctx, http.MethodPost, "/v1/switch/abort", req, &struct{}{})

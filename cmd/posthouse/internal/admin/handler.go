@@ -36,6 +36,8 @@ func NewHandler(source Source) http.Handler {
 		"/v1/switch/plan":     {http.MethodPost: h.plan},
 		"/v1/switch/abort":    {http.MethodPost: h.abort},
 		"/v1/switch/resume":   {http.MethodPost: h.resume},
+		"/v1/failover":        {http.MethodPost: h.failover},
+		"/v1/rejoin":          {http.MethodPost: h.rejoin},
 		"/v1/switches":        {http.MethodGet: h.switches},
 		"/v1/frontends":       {http.MethodGet: h.frontends},
 		"/v1/frontends/fence": {http.MethodPost: h.fence},

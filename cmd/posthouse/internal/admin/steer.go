@@ -26,6 +26,44 @@ func (h *handler) plan(w http.ResponseWriter, r *http.Request) {
 	reply(w, p)
 }
 
+func (h *handler) failover(w http.ResponseWriter, r *http.Request) {
+	var req FailoverRequest
+	if !decode(w, r, &req) {
+		return
+	}
+	if req.Role == "" || req.To == "" {
+		fail(w, errorf(CodeBadRequest, "a failover needs role and to"))
+		return
+	}
+	h.stream(w, r, req.Role, func(ctx context.Context, progress func(routing.Event)) (routing.SwitchRecord, error) {
+		return h.Table.Failover(ctx, routing.FailoverRequest{
+			Role: req.Role, To: req.To, Who: req.Who, Why: req.Reason, AcceptLoss: req.AcceptLoss,
+		}, progress)
+	})
+}
+
+// rejoin takes as long as the hook: hours, for a large member.
+func (h *handler) rejoin(w http.ResponseWriter, r *http.Request) {
+	var req RejoinRequest
+	if !decode(w, r, &req) {
+		return
+	}
+	if req.Role == "" || req.Member == "" {
+		fail(w, errorf(CodeBadRequest, "to rejoin needs role and member"))
+		return
+	}
+	output, err := h.Table.Rejoin(r.Context(), req.Role, req.Member)
+	if err != nil {
+		e := errorOf(err, routing.SwitchRecord{})
+		if output != "" {
+			e.Text += "\n" + output
+		}
+		fail(w, e)
+		return
+	}
+	reply(w, Rejoined{output})
+}
+
 func (h *handler) abort(w http.ResponseWriter, r *http.Request) {
 	h.steer(w, r, func(ctx context.Context, req SteerRequest) error {
 		return h.Table.Abort(ctx, req.Role, req.Who, req.Reason)

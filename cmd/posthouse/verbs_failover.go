@@ -1,0 +1,71 @@
+package main
+
+import (
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/posthouse/posthouse/cmd/posthouse/internal/admin"
+)
+
+func failoverCommand() *cobra.Command {
+	var t target
+	var req admin.FailoverRequest
+	c := &cobra.Command{
+		Use: "failover ROLE --to BACKEND", Short: "Make another backend serve a role whose backend is dead", Args: cobra.ExactArgs(1),
+		Long: "Make another backend serve a role whose backend is dead. Every frontend must confirm that nobody is on the\n" +
+			"old one any more, and the role's fence hook must prove that it is off; --accept-loss goes on without proof.\n" +
+			"Replication is asynchronous: mail that the old backend has acknowledged and not yet passed on is not on the\n" +
+			"new one. The old one is marked as stale, and serves again only after `posthouse rejoin`.\n" +
+			"A switch that is in progress is taken over. If the old backend is alive, use `posthouse switch`.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			req.Role, req.Who = args[0], operator()
+			rec, err := client.Failover(cmd.Context(), req, narrate(cmd.ErrOrStderr()))
+			if err == nil {
+				fmt.Fprintf(cmd.ErrOrStderr(), "note: what %s had acknowledged and not passed on is not on %s; %s is stale until `posthouse rejoin %s %s`\n",
+					rec.From, rec.To, rec.From, rec.Role, rec.From)
+			}
+			return t.ended(cmd, rec, err)
+		},
+	}
+	t.flags(c)
+	c.Flags().StringVar(&req.To, "to", "", "the `BACKEND` that shall serve the role")
+	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
+	c.Flags().BoolVar(&req.AcceptLoss, "accept-loss", false, "the old backend is off, on my word: go on without proof")
+	_ = c.MarkFlagRequired("to") // it is defined above
+	return c
+}
+
+func rejoinCommand() *cobra.Command {
+	var t target
+	var req admin.RejoinRequest
+	c := &cobra.Command{
+		Use: "rejoin ROLE BACKEND", Short: "Make a backend that a failover left behind a copy of the active again", Args: cobra.ExactArgs(2),
+		Long: "Make a backend that a failover left behind a copy of the active again: runs the role's rejoin hook, which\n" +
+			"may take hours, and then lets the backend become active again. Interrupting this command ends the hook.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			client, err := t.client()
+			if err != nil {
+				return err
+			}
+			req.Role, req.Member = args[0], args[1]
+			done, err := client.Rejoin(cmd.Context(), req)
+			if err != nil {
+				return err
+			}
+			return t.print(cmd.OutOrStdout(), done, func(w io.Writer) {
+				if done.Output != "" {
+					fmt.Fprintln(w, done.Output)
+				}
+				fmt.Fprintf(w, "%s is a copy of %s again\n", req.Member, req.Role)
+			})
+		},
+	}
+	t.flags(c)
+	return c
+}

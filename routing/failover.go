@@ -1,0 +1,135 @@
+package routing
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+)
+
+// FailoverRequest asks for another active because the present one is dead.
+type FailoverRequest struct {
+	Role, To string
+	Who, Why string
+	// AcceptLoss: go on without proof that the old active is off. What it still
+	// does, and what it has not replicated, is lost.
+	AcceptLoss bool
+}
+
+// Failover opens To without the old active's help, and waits for the outcome as
+// Switch does. It needs every frontend's ack, and the fence hook's proof that
+// the old active is off, or AcceptLoss. A switch in progress is taken over,
+// with the acks that it has (safety 20). Afterwards the old active is stale.
+func (t *Table) Failover(ctx context.Context, req FailoverRequest, progress func(Event)) (SwitchRecord, error) {
+	return t.begin(ctx, req.Role, progress, func(s *State, now time.Time) error {
+		config := t.opt.Roles[req.Role]
+		roles, err := t.rules.group(s, req.Role, req.To, config)
+		if err != nil {
+			return err
+		}
+		o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, acceptLoss: req.AcceptLoss}
+		return t.rules.failover(s, roles, o, now)
+	})
+}
+
+// failover holds roles whose active is dead.
+func (r rules) failover(s *State, roles []string, o order, now time.Time) error {
+	s.Switches++
+	for _, role := range roles {
+		row, err := s.row(role)
+		if err != nil {
+			return err
+		}
+		c := change{s: s, role: role, row: row, to: o.to, isFenced: o.acceptLoss || slices.Contains(o.hooks, HookFence)}
+		if err := r.check(c, failoverGuards); err != nil {
+			return err
+		}
+		row.Request = nil
+		var begun []Phase
+		if old := row.Switch; old != nil {
+			rec := SwitchRecord{Switch: *old, Role: role, From: row.Active, Epoch: row.Epoch, Ended: now}
+			rec.AbortWhy = fmt.Sprintf("failover %d takes over in phase %s", s.Switches, row.Phase)
+			s.record(rec)
+			begun = old.Begun
+		} else {
+			row.Epoch++
+		}
+		row.Phase = PhaseHold
+		row.Switch = &Switch{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Started: now, Failover: true, AcceptLoss: o.acceptLoss,
+			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Begun: slices.Clone(begun), Steps: []Step{{PhaseHold, now}}}
+		s.Roles[role] = row
+	}
+	return nil
+}
+
+// The guards of a failover: those of a switch, but for what it takes over.
+var failoverGuards = []guard{
+	inNoDoubt,
+	{"no other backend is being promoted", func(c change) string {
+		if sw := c.row.Switch; sw != nil && sw.begun(PhasePromote) && sw.To != c.to {
+			return fmt.Sprintf("switch %d has begun to promote %s: fail over to that, or resume it", sw.Number, sw.To)
+		}
+		return ""
+	}},
+	guardNamed("the new active is a member"),
+	guardNamed("the new active is another one"),
+	guardNamed("the new active is not stale"),
+	guardNamed("every registered frontend knows the new active"),
+	{"the old active is off, or the loss accepted", func(c change) string {
+		if c.row.Active != "" && !c.isFenced {
+			return fmt.Sprintf("there is no fence hook to prove that %s is off: make sure that it is, then --accept-loss", c.row.Active)
+		}
+		return ""
+	}},
+}
+
+func guardNamed(name string) guard {
+	return holdGuards[slices.IndexFunc(holdGuards, func(g guard) bool { return g.name == name })]
+}
+
+// Rejoin makes a stale member a copy of the role's active again: the rejoin hook
+// does it (with the active as From and the member as To), then the member is
+// stale no more. It blocks until the hook has ended, and may be repeated.
+func (t *Table) Rejoin(ctx context.Context, role, member string) (output string, err error) {
+	row, err := t.Snapshot().row(role)
+	if err != nil {
+		return "", err
+	}
+	stale, ok := row.Stale[member]
+	switch {
+	case !ok:
+		return "", fmt.Errorf("%w: role %s: %s is not stale: see `posthouse roles`", ErrConflict, role, member)
+	case row.Phase != PhaseOpen:
+		return "", fmt.Errorf("%w: role %s is in phase %s: try again when it is open", ErrConflict, role, row.Phase)
+	case !slices.Contains(t.opt.Roles[role].Hooks, HookRejoin) || t.opt.Hooks == nil:
+		return "", fmt.Errorf("%w: role %s has no rejoin hook: %s cannot be proven to be a copy of %s", ErrConflict, role, member, row.Active)
+	}
+	output, err = t.opt.Hooks.Run(ctx, HookCall{Hook: HookRejoin, Roles: []string{role}, From: row.Active, To: member,
+		Number: stale.Number, Epoch: row.Epoch, Attempt: 1, Seen: Seen{All: true}})
+	if err != nil {
+		return output, fmt.Errorf("hook rejoin: %w", err)
+	}
+	s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.rejoin(s, role, member, row.Active, stale.Number) })
+	if err != nil {
+		return output, fmt.Errorf("role %s: %s has rejoined and is still marked as stale, run it again: %w", role, member, err)
+	}
+	t.install(s, false)
+	return output, nil
+}
+
+// rejoin takes a member's stale mark away, if it is a copy of what is active
+// still.
+func (r rules) rejoin(s *State, role, member, from string, number uint64) error {
+	row, err := s.row(role)
+	if err != nil {
+		return err
+	}
+	if stale, ok := row.Stale[member]; !ok || stale.Number != number || row.Active != from || row.Phase != PhaseOpen {
+		return fmt.Errorf("%w: role %s has moved on meanwhile", ErrConflict, role)
+	}
+	row.Stale = maps.Clone(row.Stale)
+	delete(row.Stale, member)
+	s.Roles[role] = row
+	return nil
+}

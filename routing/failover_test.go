@@ -1,0 +1,156 @@
+package routing
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func (p *process) failover(acceptLoss bool, to string) error {
+	p.host.t.Helper()
+	ctx, cancel := context.WithTimeout(p.host.t.Context(), time.Hour)
+	defer cancel()
+	_, err := p.Failover(ctx, FailoverRequest{Role: "ma01", To: to, Who: "root", AcceptLoss: acceptLoss}, nil)
+	return err
+}
+
+// What a failover needs: the acks, and proof that the old active is off or the
+// operator's word. The old active is stale until it has rejoined.
+func TestFailover(t *testing.T) {
+	for name, c := range map[string]struct {
+		has        []Hook
+		fail       map[Hook]error
+		acceptLoss bool
+		ran        []Hook
+		reason     string // "": it opens b
+	}{
+		"fenced":                {[]Hook{HookDemote, HookFence, HookCatchUp, HookPromote}, nil, false, []Hook{HookFence, HookPromote}, ""},
+		"not fenced":            {[]Hook{HookDemote, HookPromote}, nil, false, nil, "--accept-loss"},
+		"accepted":              {[]Hook{HookDemote, HookFence, HookPromote}, nil, true, []Hook{HookPromote}, ""},
+		"the fence hook failed": {[]Hook{HookFence, HookPromote}, map[Hook]error{HookFence: errors.New("no answer")}, false, []Hook{HookFence}, "hook fence failed: no answer"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newHost(t)
+				l := &hookLog{fail: c.fail}
+				f := h.startWith(l, append(c.has, HookRejoin)...)
+				stay := f.enter("alice")
+				over := make(chan struct{})
+				defer close(over)
+				go func() {
+					select {
+					case <-stay.Revoked():
+						stay.Leave(End{Why: "a does not answer"})
+					case <-over:
+					}
+				}()
+				err := f.failover(c.acceptLoss, "b")
+				if c.reason != "" {
+					if err == nil || !strings.Contains(err.Error(), c.reason) || f.Snapshot().Roles["ma01"].Active != "a" {
+						t.Errorf("%v, want %q", err, c.reason)
+					}
+				} else if err != nil {
+					t.Error(err)
+				}
+				if !slices.Equal(l.ran, c.ran) {
+					t.Errorf("hooks %v, want %v", l.ran, c.ran)
+				}
+				if c.reason == "" {
+					mustRejoin(t, f, l)
+				}
+				stay.Leave(proven)
+				f.stop()
+			})
+		})
+	}
+}
+
+// mustRejoin: a, which was left behind, becomes active again only after a rejoin
+// that has succeeded.
+func mustRejoin(t *testing.T, f *process, l *hookLog) {
+	t.Helper()
+	row := f.Snapshot().Roles["ma01"]
+	if row.Active != "b" || len(row.Stale) != 1 || len(row.Residues) != 0 {
+		t.Errorf("after the failover: %+v", row)
+	}
+	toA := SwitchRequest{Role: "ma01", To: "a"}
+	f.mustFail(toA, "posthouse rejoin ma01 a")
+	if err := f.failover(true, "a"); err == nil || !strings.Contains(err.Error(), "rejoin") {
+		t.Errorf("failover to a stale member: %v", err)
+	}
+	l.fail = map[Hook]error{HookRejoin: errors.New("sync_client -A failed")}
+	if _, err := f.Rejoin(t.Context(), "ma01", "a"); err == nil {
+		t.Error("a rejoin that failed counts")
+	}
+	f.mustFail(toA, "posthouse rejoin ma01 a")
+	l.fail = nil
+	if _, err := f.Rejoin(t.Context(), "ma01", "a"); err != nil {
+		t.Error(err)
+	}
+	if _, err := f.Rejoin(t.Context(), "ma01", "a"); err == nil {
+		t.Error("rejoined twice")
+	}
+	f.mustSwitch(clean(toA))
+}
+
+// Safety 20: a dies after DEMOTE, so that there is neither catch-up nor undo: a
+// failover takes the switch over, and nobody has to ack again.
+func TestSafety20FailoverTakesOverASwitch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		dead := errors.New("a does not answer")
+		l := &hookLog{fail: map[Hook]error{HookCatchUp: dead, HookUndoDemote: dead}}
+		f := h.startWith(l, HookDemote, HookCatchUp, HookPromote, HookUndoDemote, HookFence)
+		var floors []uint64
+		h.site.observe(func(old, now *State) {
+			for id, fe := range now.Frontends {
+				if fe.Floors["ma01"] > old.Frontends[id].Floors["ma01"] {
+					floors = append(floors, fe.Floors["ma01"])
+				}
+			}
+		})
+		done := f.goSwitch(toB)
+		time.Sleep(5 * time.Second)
+		if row := f.Snapshot().Roles["ma01"]; row.Phase != PhaseAbort {
+			t.Fatalf("%+v", row)
+		}
+		if err := f.failover(false, "b"); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err == nil || !strings.Contains(err.Error(), "failover 2 takes over in phase abort") {
+			t.Errorf("the switch ended with %v", err)
+		}
+		if row := f.Snapshot().Roles["ma01"]; row.Active != "b" || row.Epoch != 2 {
+			t.Errorf("%+v", row)
+		}
+		if !slices.Equal(floors, []uint64{2}) {
+			t.Errorf("acks %v, want one", floors)
+		}
+		f.stop()
+	})
+}
+
+// What is being promoted may have taken mail already: no failover to a third.
+func TestFailoverGoesWhereThePromotionBegan(t *testing.T) {
+	s := table(t)
+	mustHold(t, s, HookPromote)
+	r := rules{}
+	if err := errors.Join(r.ack(s, "f.1", "r", 5, handed{}), r.advance(s, "r", PhaseHold, explorerTime)); err != nil {
+		t.Fatal(err)
+	}
+	f := s.Frontends["f.1"]
+	f.Backends = append(f.Backends, "c")
+	s.Frontends["f.1"] = f
+	o := order{to: "c", acceptLoss: true}
+	if err := r.failover(s.Clone(), []string{"r"}, o, explorerTime); err == nil || !strings.Contains(err.Error(), "has begun to promote b") {
+		t.Errorf("to c: %v", err)
+	}
+	o.to = "b"
+	if err := r.failover(s, []string{"r"}, o, explorerTime); err != nil {
+		t.Errorf("to b: %v", err)
+	}
+}
