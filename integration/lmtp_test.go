@@ -18,7 +18,7 @@ func (p *posthouse) lmtp() string { return p.host + ":24" }
 func takesMail(s *site, options ...string) *site {
 	// A replica takes no mail: the preflight needs to know that a hook opens its
 	// LMTP service.
-	s.hooks = ", scope: role, hooks: {promote: [/bin/true], undo_promote: [/bin/true]}"
+	s.hooks = ", scope: role, hooks: {promote: [/bin/true]}"
 	s.doors = append(s.doors, `{protocol: lmtp, address: "$HOST:24", tls: off, trusted: ["127.0.0.0/8"]}`)
 	s.more = append(s.more, "lmtp: {"+strings.Join(append([]string{`local_domains: ["*"]`}, options...), ", ")+"}")
 	return s

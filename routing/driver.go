@@ -68,7 +68,8 @@ func decide(s *State, d driving, isOver, agesOut bool) (move, string) {
 		return decideUndo(row, d)
 	}
 	missing, rest := obstacles(s, d.roles)
-	opensNext := row.Switch.next(row.Phase) == PhaseOpen
+	next := row.Switch.next(row.Phase)
+	opensNext := next == PhaseOpen || next == PhasePromote // from there on there may be no way back
 	blocked := ""
 	switch {
 	case d.failed != "":

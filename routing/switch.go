@@ -248,8 +248,14 @@ func (r rules) advance(s *State, role string, from Phase, now time.Time) error {
 	if next == PhaseOpen {
 		return r.open(s, role, now)
 	}
-	// The old active is touched only when nobody is inside.
-	if err := r.check(c, openGuards[:1]); err != nil {
+	// The old active is touched only when nobody is inside, and the new one
+	// promoted only when the old one is done.
+	c.to = row.Switch.To
+	guards := openGuards[:1]
+	if next == PhasePromote {
+		guards = openGuards
+	}
+	if err := r.check(c, guards); err != nil {
 		return err
 	}
 	row.Phase = next
