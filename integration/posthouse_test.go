@@ -40,6 +40,7 @@ type site struct {
 	roles    map[string]string // further roles → YAML
 	doors    []string          // further listeners, YAML; $HOST and $DIR are the frontend's
 	more     []string          // further sections, YAML
+	store    string            // YAML; empty: one state directory for all frontends
 	fast     bool              // the binary without the race detector, for what measures memory
 }
 
@@ -94,7 +95,11 @@ func (s *site) yaml(p *posthouse, dir string) string {
 	if auth == "" {
 		auth = "{type: file, path: " + filepath.Join(s.dir, "users.passwd") + "}"
 	}
-	fmt.Fprintf(&b, "hostname: %s\nstate_dir: %s\nstore: {type: file}\nlisteners:\n", p.name, s.stateDir())
+	state, store := s.stateDir(), "{type: file}"
+	if s.store != "" {
+		state, store = filepath.Join(dir, "state"), s.store
+	}
+	fmt.Fprintf(&b, "hostname: %s\nstate_dir: %s\nstore: %s\nlisteners:\n", p.name, state, store)
 	for _, door := range slices.Sorted(maps.Keys(p.service().at)) {
 		protocol, tls, _ := strings.Cut(door, "/")
 		fmt.Fprintf(&b, "  - {protocol: %s, address: %q, tls: %s}\n", protocol, p.service().at[door], tls)

@@ -1,0 +1,201 @@
+package integration
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// etcdCluster is three members of a real etcd.
+type etcdCluster struct {
+	dir     string
+	members []*daemon
+	argv    [][]string
+	urls    []string
+}
+
+// newEtcd starts a cluster and ends it with the test.
+func newEtcd(t *testing.T) *etcdCluster {
+	t.Helper()
+	dir := newDir(t, "etcd")
+	var cluster []string
+	var hosts []string
+	for i := range 3 {
+		hosts = append(hosts, nextHost())
+		cluster = append(cluster, fmt.Sprintf("e%d=http://%s:2380", i, hosts[i]))
+	}
+	e := &etcdCluster{dir: dir, members: make([]*daemon, 3)}
+	for i, host := range hosts {
+		client, peer := "http://"+host+":2379", "http://"+host+":2380"
+		e.urls = append(e.urls, client)
+		e.argv = append(e.argv, []string{"etcd", "--name", fmt.Sprint("e", i), "--data-dir", filepath.Join(dir, fmt.Sprint("e", i)),
+			"--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer,
+			"--initial-advertise-peer-urls", peer, "--initial-cluster-state", "new", "--initial-cluster", strings.Join(cluster, ","),
+			"--auto-compaction-retention", "1"})
+	}
+	e.start(t)
+	t.Cleanup(func() { e.stop(t) })
+	return e
+}
+
+func (e *etcdCluster) start(t testing.TB) {
+	t.Helper()
+	for i, argv := range e.argv {
+		e.members[i] = startDaemon(t, argv[2], e.dir, argv...)
+	}
+}
+
+// stop kills all members, as a power failure does.
+func (e *etcdCluster) stop(t testing.TB) {
+	t.Helper()
+	for _, m := range e.members {
+		if m.running() {
+			m.kill()
+		}
+	}
+}
+
+// shared puts the site's table into etcd: its frontends are on hosts of their
+// own, each with a state directory.
+func (s *site) shared(e *etcdCluster, more string) *site {
+	s.store = fmt.Sprintf("{type: etcd, endpoints: [%q, %q, %q], lease: 3s%s}", e.urls[0], e.urls[1], e.urls[2], more)
+	return s
+}
+
+// TestSwitchOnThreeHosts: three frontends with a real etcd between them and a
+// Cyrus pair behind. Each has sessions; a switch that is asked of one ends all of
+// them and opens on b everywhere, ten times back and forth, with clients that
+// work and log in all the time.
+func TestSwitchOnThreeHosts(t *testing.T) {
+	users := userNames(12)
+	pair := newCyrusPair(t, users...)
+	s := newSite(t, pair.a.backend(), pair.b.backend(), users...).shared(newEtcd(t), "")
+	frontends := []*posthouse{startFrontend(t, s), startFrontend(t, s), startFrontend(t, s)}
+
+	var crowds [3]crowd
+	for i, p := range frontends {
+		crowds[i].start(p, users[4*i:4*i+4])
+		t.Cleanup(crowds[i].stop)
+	}
+	for i := range crowds {
+		crowds[i].everybodyLogsIn(t, time.Now().Add(-time.Minute))
+	}
+	var took []time.Duration
+	for i := range 10 {
+		to := []string{"b", "a"}[i%2]
+		result := frontends[i%3].switchTo(t, to)
+		opened := time.Now()
+		mustOpen(t, result)
+		took = append(took, result.took)
+		for _, p := range frontends {
+			within(t, 5*time.Second, p.name+" sees "+to, func() bool { r := p.role(t); return r.Active == to && r.Phase == "open" })
+		}
+		for i := range crowds {
+			crowds[i].everybodyLogsIn(t, opened)
+		}
+	}
+	for i := range crowds {
+		crowds[i].stop()
+		for _, complaint := range crowds[i].complaints {
+			t.Error(complaint)
+		}
+	}
+	mustNotOverlap(t, pair.a, pair.b)
+	slices.Sort(took)
+	t.Logf("from command to its end: median %v, longest %v", took[len(took)/2], took[len(took)-1])
+}
+
+// TestEtcdAway: with etcd stopped, live sessions and new logins go on, a switch
+// is refused with the reason, and works when etcd is back.
+func TestEtcdAway(t *testing.T) {
+	t.Parallel()
+	users := userNames(2)
+	pair := newCyrusPair(t, users...)
+	etcd := newEtcd(t)
+	s := paced(newSite(t, pair.a.backend(), pair.b.backend(), users...)).shared(etcd, "")
+	first, second := startFrontend(t, s), startFrontend(t, s)
+	live := first.as(t, users[0])
+
+	etcd.stop(t)
+	mustAnswer(t, live)
+	mustAnswer(t, second.as(t, users[1]))
+	result := first.switchTo(t, "b")
+	mustFail(t, result, "etcd")
+	mustAnswer(t, live)
+
+	etcd.start(t)
+	within(t, 30*time.Second, "a switch works again", func() bool { return first.switchTo(t, "b").code == 0 })
+	within(t, 5*time.Second, "the second follows", func() bool { return second.role(t).Active == "b" })
+	mustNotOverlap(t, pair.a, pair.b)
+}
+
+// TestFrontendOfAnotherHostDies: nobody can know whether it is down or cut off, so
+// that a switch is refused until the operator has said so; what it left behind
+// is a residue then.
+func TestFrontendOfAnotherHostDies(t *testing.T) {
+	t.Parallel()
+	users := userNames(2)
+	pair := newCyrusPair(t, users...)
+	s := paced(newSite(t, pair.a.backend(), pair.b.backend(), users...)).shared(newEtcd(t), "")
+	first, second := startFrontend(t, s), startFrontend(t, s)
+	first.as(t, users[0])
+	second.as(t, users[1])
+
+	// Stopped past its lease and awake again, it is the same frontend still.
+	must(t, syscall.Kill(second.pid(), syscall.SIGSTOP))
+	t.Cleanup(func() { syscall.Kill(second.pid(), syscall.SIGCONT) })
+	id := ""
+	within(t, 15*time.Second, "the second is silent", func() bool {
+		for _, f := range first.frontends(t) {
+			if !f.Own && !f.Alive {
+				id = f.ID
+			}
+		}
+		return id != ""
+	})
+	mustFail(t, first.switchTo(t, "b"), "no report from frontend "+id)
+	must(t, syscall.Kill(second.pid(), syscall.SIGCONT))
+	within(t, 10*time.Second, "the second is back", func() bool {
+		return !slices.ContainsFunc(first.frontends(t), func(f frontendView) bool { return !f.Alive })
+	})
+	if _, stderr, code := first.cli(t, "fence-frontend", id, "--confirmed-down"); code != 1 || !strings.Contains(stderr, "shows life") {
+		t.Errorf("fencing one that is alive: %d %s", code, stderr)
+	}
+
+	second.kill()
+	within(t, 15*time.Second, "the second is silent", func() bool {
+		_, _, code := first.cli(t, "fence-frontend", id, "--confirmed-down")
+		return code == 0
+	})
+	mustFail(t, first.switchTo(t, "b"), "residue", id)
+	first.mustBeOn(t, "a")
+	within(t, 10*time.Second, "a has finished with the second's", func() bool { return len(pair.a.openVisits(t)) <= 1 })
+	mustOpen(t, first.switchTo(t, "b", "--confirmed-clean"))
+	first.mustBeOn(t, "b")
+	mustNotOverlap(t, pair.a, pair.b)
+}
+
+// mustAnswer: the session is alive.
+func mustAnswer(t testing.TB, w *wire) {
+	t.Helper()
+	if _, _, err := w.imap(10*time.Second, "NOOP"); err != nil {
+		t.Fatalf("NOOP: %v", err)
+	}
+}
+
+type frontendView struct {
+	ID    string
+	Alive bool
+	Own   bool
+}
+
+func (p *posthouse) frontends(t testing.TB) []frontendView {
+	t.Helper()
+	var list []frontendView
+	p.ask(t, &list, "frontends")
+	return list
+}
