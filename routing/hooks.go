@@ -27,7 +27,7 @@ type HookCall struct {
 	// Roles are switched together, the one that was asked for first; its hooks
 	// are meant.
 	Roles    []string
-	From, To string
+	From, To string // From is empty where nobody can be asked: nobody knows it, or it is dead
 	Number   uint64
 	Epoch    uint64 // that of the first role
 	Attempt  int
@@ -55,7 +55,11 @@ func (d *driver) runHook(ctx context.Context, s *State, hook Hook, row Row, mine
 	if isUndo(hook) || row.canAbort() != "" {
 		left = d.t.opt.SwitchBudget // it must be given its time: there is no other way
 	}
-	call := HookCall{Hook: hook, Roles: mine.roles, From: row.Active, To: row.Switch.To,
+	from := row.Active
+	if row.Switch.Failover && hook == HookPromote {
+		from = "" // nobody can be asked there
+	}
+	call := HookCall{Hook: hook, Roles: mine.roles, From: from, To: row.Switch.To,
 		Number: mine.number, Epoch: row.Epoch, Attempt: row.Switch.Attempt}
 	for _, role := range mine.roles {
 		call.Seen = call.Seen.merge(s.Roles[role].Seen)
@@ -114,10 +118,10 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 		d.hookDone(mine, row, end.run.Hook)
 	case isUndo(end.run.Hook) || row.canAbort() != "":
 		d.retry(ctx, mine, end)
+	case end.run.Hook == HookProve && (row.Switch.has(HookDemote) || !errors.Is(end.err, ErrTryAgain)):
+		mine.proved = true // it has not shown it; the demotion may
 	case errors.Is(end.err, ErrTryAgain):
 		mine.notBefore = time.Now().Add(hookRetryAfter)
-	case end.run.Hook == HookProve:
-		mine.proved = true // it has not shown it; the demotion may
 	default:
 		mine.failed = fmt.Sprintf("hook %s failed: %s", end.run.Hook, hookError(end.run))
 	}

@@ -136,7 +136,7 @@ func TestHookIsTriedAgain(t *testing.T) {
 // Safety 4: a residue on the old active is cleared by the hook that stopped it or
 // that shows no process; a hook that cannot show it clears nothing.
 func TestSafety04HooksClearResidues(t *testing.T) {
-	fails := map[Hook]error{HookProve: errors.New("exit status 1")}
+	fails, again := map[Hook]error{HookProve: errors.New("exit status 1")}, map[Hook]error{HookProve: ErrTryAgain}
 	for name, c := range map[string]struct {
 		has    []Hook
 		fail   map[Hook]error
@@ -144,11 +144,12 @@ func TestSafety04HooksClearResidues(t *testing.T) {
 		opens  bool
 		reason string
 	}{
-		"prove":                {[]Hook{HookProve}, nil, []Hook{HookProve}, true, ""},
-		"prove cannot":         {[]Hook{HookProve}, fails, []Hook{HookProve}, false, "u may still run on a"},
-		"demote":               {[]Hook{HookDemote}, nil, []Hook{HookDemote}, true, ""},
-		"prove cannot, demote": {[]Hook{HookProve, HookDemote}, fails, []Hook{HookProve, HookDemote}, true, ""},
-		"catch-up only":        {[]Hook{HookCatchUp, HookUndoDemote}, nil, []Hook{HookCatchUp}, false, "u may still run on a"},
+		"prove":                     {[]Hook{HookProve}, nil, []Hook{HookProve}, true, ""},
+		"prove cannot":              {[]Hook{HookProve}, fails, []Hook{HookProve}, false, "u may still run on a"},
+		"demote":                    {[]Hook{HookDemote}, nil, []Hook{HookDemote}, true, ""},
+		"prove cannot, demote":      {[]Hook{HookProve, HookDemote}, fails, []Hook{HookProve, HookDemote}, true, ""},
+		"prove tries again, demote": {[]Hook{HookProve, HookDemote}, again, []Hook{HookProve, HookDemote}, true, ""},
+		"catch-up only":             {[]Hook{HookCatchUp, HookUndoDemote}, nil, []Hook{HookCatchUp}, false, "u may still run on a"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

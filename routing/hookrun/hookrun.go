@@ -44,7 +44,8 @@ var _ routing.Hooks = (*Runner)(nil)
 //
 //	POSTHOUSE_ROLE     the role that is switched
 //	POSTHOUSE_ROLES    all roles that are switched with it, separated by spaces
-//	POSTHOUSE_FROM     the backend that serves it, or did last; empty if nobody knows
+//	POSTHOUSE_FROM     the backend that serves it, or did last; empty if nobody knows, and for
+//	                   promote in a failover, as nobody can be asked there
 //	POSTHOUSE_TO       the backend that shall
 //	POSTHOUSE_SWITCH   the number of the switch
 //	POSTHOUSE_EPOCH    the epoch of the role; it grows with every switch

@@ -1,0 +1,376 @@
+# shellcheck shell=sh
+# What posthouse-cyrus and posthouse-dovecot share: configuration, the order of
+# calls, the way to another host, the steps of a switch. They source it and
+# define what it calls:
+#
+#	configs        prints the configuration files of the instance, one a line: a
+#	               process with one of them among its arguments belongs to it
+#	part           prints master, replica, remains (processes, but no server) or stopped
+#	ready PART     says whether the instance, which is that part, takes connections
+#	run_as PART    becomes the server
+#	spent PID…     says whether these, all that is left of a server that was told
+#	               to end, have nothing to do with mail: they need not be waited for
+#	stopped        clears up behind a server that has ended
+#	do_OP          one stage of a step on one backend, under the instance's lock
+#
+# Words: an *instance* is one mail server process tree; it carries the name of
+# the posthouse backend that it is. As *master* it serves users, as *replica* it
+# only takes what its peer sends.
+
+LC_ALL=C
+export LC_ALL
+umask 077
+
+say() { printf '%s: %s\n' "${name:-${0##*/}}" "$*"; }
+fail() { say "$*" >&2; exit 1; }
+later() { say "$* (try again)" >&2; exit 75; } # EX_TEMPFAIL
+
+# setting KEY [DEFAULT] prints a value of the configuration. It is read, never
+# run: a value ends where its line ends and means what it says.
+setting() {
+	value=${2-}
+	while IFS= read -r line || [ -n "$line" ]; do
+		case $line in "$1="*) value=${line#*=} ;; esac
+	done <"$config"
+	printf '%s\n' "$value"
+}
+
+# check_config refuses what would be ignored silently.
+check_config() {
+	[ -r "$config" ] || fail "cannot read $config"
+	while IFS= read -r line || [ -n "$line" ]; do
+		case ${line%%=*} in
+		'' | '#'*) ;;
+		ssh | start | stop | ask | state | limit | catch_up_all | program | doveadm) ;;
+		*.host | *.dir | *.peer | *.roles | *.sync | *.mail) ;;
+		*) fail "$config: unknown key: ${line%%=*}" ;;
+		esac
+	done <"$config"
+}
+
+# command_for KEY runs the configured command for the instance: % in its words
+# is the instance's name. It does not hold the instance's lock.
+command_for() {
+	set -f
+	# shellcheck disable=SC2046 # the command's words
+	set -- $(setting "$1")
+	set +f
+	[ $# -gt 0 ] || return 0
+	for word; do
+		shift
+		case $word in *%*) word=${word%%%*}$name${word#*%} ;; esac
+		set -- "$@" "$word"
+	done
+	timeout --foreground -k 1 "$limit" "$@" </dev/null 9>&-
+}
+
+# with FILE… prints the ids of the processes that have one of the files as an
+# argument of their own. Zombies have none.
+with() {
+	(
+		set +f
+		cd /proc || exit 1
+		printf '%s\n' "$@" | grep -lzxF -f - -- [0-9]*/cmdline 2>/dev/null | cut -d/ -f1
+	)
+}
+
+# members prints the ids of the instance's processes.
+members() {
+	IFS='
+'
+	# shellcheck disable=SC2046 # one word a line
+	set -- $(configs)
+	unset IFS
+	with "$@"
+}
+
+# tally_of STEP prints the place of a step in a switch.
+tally_of() {
+	case $1 in
+	prove) echo 1 ;; demote) echo 2 ;; catch_up) echo 3 ;; promote) echo 4 ;; undo_promote) echo 5 ;; undo_demote) echo 6 ;;
+	*) return 1 ;;
+	esac
+}
+
+# admit takes the instance's lock for the rest of this process, refuses a call
+# that a newer one has overtaken, and remembers this one. Who dies loses the
+# lock; who hangs keeps it, and the newer call waits.
+admit() {
+	exec 9>"$state/$name.lock"
+	flock -w "$limit" 9 || later "an earlier call still works on this instance"
+	rank=$(tally_of "$step")
+	if [ -s "$state/$name.last" ]; then
+		read -r o_switch o_epoch o_attempt o_rank o_role o_step <"$state/$name.last"
+		is="$step of $role, epoch $epoch, attempt $attempt, switch $switch"
+		was="$o_step of $o_role, epoch $o_epoch, attempt $o_attempt, switch $o_switch"
+		if [ "$switch" -lt "$o_switch" ] || { [ "$role" = "$o_role" ] && [ "$epoch" -lt "$o_epoch" ]; }; then
+			fail "refused: $is: this instance has seen $was. If the role table was set up anew, remove $state/$name.last"
+		fi
+		if [ "$switch" -eq "$o_switch" ] && { [ "$attempt" -lt "$o_attempt" ] ||
+			{ [ "$attempt" -eq "$o_attempt" ] && [ "$rank" -lt "$o_rank" ]; }; }; then
+			fail "refused: $is: this instance has seen $was"
+		fi
+	fi
+	printf '%s\n' "$switch $epoch $attempt $rank $role $step" >"$state/$name.new"
+	sync "$state/$name.new"
+	mv "$state/$name.new" "$state/$name.last"
+	sync "$state"
+}
+
+# at OP NAME SWITCH EPOCH ATTEMPT STEP ROLE PEER runs one stage on this host. A
+# peer of "-" is none.
+at() {
+	[ $# -eq 8 ] || fail "refused: $# words"
+	for word; do
+		case $word in '' | *[!A-Za-z0-9._-]*) fail "refused: a word with other characters" ;; esac
+	done
+	for word in "$3" "$4" "$5"; do
+		case $word in *[!0-9]* | ???????????????????*) fail "refused: no number" ;; esac
+	done
+	case $2 in [.-]*) fail "refused: no name" ;; esac
+	op=$1 name=$2 switch=$3 epoch=$4 attempt=$5 step=$6 role=$7 peer=$8
+	case $op:$step in
+	register:undo_demote | register:undo_promote | replica:demote | replica:promote | replica:undo_demote) ;;
+	prove:prove | demote:demote | catch_up:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
+	*) fail "refused: no step" ;;
+	esac
+	dir=$(setting "$name.dir")
+	[ -n "$dir" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
+	admit
+	"do_$op"
+}
+
+do_register() { :; }
+
+# do_replica makes sure that the instance is no master.
+do_replica() {
+	case $(part) in
+	replica) ;;
+	master) fail "is a master" ;;
+	*) restart_as replica ;;
+	esac
+}
+
+# remote serves one request of another host: authorized_keys has
+# command="…/posthouse-cyrus --remote".
+remote() {
+	case ${SSH_ORIGINAL_COMMAND-} in
+	'' | *[!A-Za-z0-9._\ -]*) fail "refused: no request" ;;
+	esac
+	# shellcheck disable=SC2086 # words of harmless characters
+	at $SSH_ORIGINAL_COMMAND
+}
+
+# on NAME OP runs a stage where the instance lives. Its exit status is the
+# stage's; 255 says that the host was not reached.
+on() {
+	where=$(setting "$1.host")
+	other=$(setting "$1.peer")
+	set -- "$2" "$1" "$POSTHOUSE_SWITCH" "$POSTHOUSE_EPOCH" "$POSTHOUSE_ATTEMPT" "$POSTHOUSE_STEP" "$POSTHOUSE_ROLE" "${3:--}"
+	if [ -z "$where" ]; then
+		"$0" -c "$config" --at "$@" <&8 9>&-
+		return
+	fi
+	set -f
+	# shellcheck disable=SC2046 # the command's words
+	$(setting ssh 'ssh -o BatchMode=yes -o ConnectTimeout=3') "$where" "$*" <&8
+}
+
+# must NAME OP … is on, and the end of the hook where it fails.
+must() {
+	on "$@" && return
+	case $? in
+	75) exit 75 ;;
+	255) later "$1: its host cannot be reached" ;;
+	*) exit 1 ;;
+	esac
+}
+
+# users_seen prints what catch_up reads: "some" and the users, or "all".
+users_seen() {
+	if [ -n "${POSTHOUSE_USERS-}" ]; then
+		echo some
+		cat -- "$POSTHOUSE_USERS"
+	else
+		echo all
+	fi
+}
+
+# hook STEP is one call of posthouse.
+hook() {
+	: "${POSTHOUSE_ROLE:?}" "${POSTHOUSE_TO:?}" "${POSTHOUSE_SWITCH:?}" "${POSTHOUSE_EPOCH:?}" "${POSTHOUSE_ATTEMPT:?}" "${POSTHOUSE_STEP:?}"
+	from=${POSTHOUSE_FROM-} to=$POSTHOUSE_TO
+	[ "$1" = "$POSTHOUSE_STEP" ] || fail "called for $1, but the step is $POSTHOUSE_STEP"
+	for name in $from "$to"; do
+		[ -n "$(setting "$name.dir")$(setting "$name.host")" ] || fail "$config does not know it"
+	done
+	name=
+	if [ -n "$from" ] && [ "$1" != prove ] && { [ "$(setting "$from.peer")" != "$to" ] || [ "$(setting "$to.peer")" != "$from" ]; }; then
+		fail "$config: $from and $to are not each other's peer: $from's mail does not go to $to"
+	fi
+	exec 8</dev/null
+	if [ -z "$from" ] && [ "$1" != promote ] && [ "$1" != undo_promote ]; then
+		say "nobody served $POSTHOUSE_ROLE: nothing to do"
+		return
+	fi
+	case $1 in
+	prove) must "$from" prove "$to" ;;
+	demote)
+		# Nobody's server is stopped for a peer that cannot take over.
+		on "$to" replica "$from" || fail "$to is not ready to follow: $from serves on"
+		must "$from" demote "$to"
+		;;
+	catch_up)
+		users=$(mktemp)
+		users_seen >"$users"
+		exec 8<"$users"
+		rm -f "$users"
+		must "$from" catch_up "$to"
+		;;
+	promote)
+		# Replication turns round: the old master must be there to take it.
+		[ -z "$from" ] || must "$from" replica "$to"
+		must "$to" promote "$from"
+		;;
+	undo_promote)
+		# What was begun may be on its way still. Whoever registers here waits
+		# for it, and nothing older gets in afterwards.
+		[ -z "$from" ] || must "$from" register "$to"
+		must "$to" undo_promote "$from"
+		;;
+	undo_demote)
+		must "$from" register "$to"
+		# A dead host must not keep the role from going back to a living one. It is
+		# no master: a promotion that was begun has been through undo_promote,
+		# which insists; and when it boots it asks the table.
+		on "$to" replica "$from" || case $? in
+		255) say "$to: its host cannot be reached: going on without it" ;;
+		75) exit 75 ;;
+		*) exit 1 ;;
+		esac
+		must "$from" undo_demote "$to"
+		;;
+	esac
+}
+
+# restart_as PART stops the instance and starts it in that part.
+restart_as() {
+	stop_all
+	start_as "$1"
+}
+
+# start_as PART starts the instance, with a ticket: it is good for one start, in
+# this boot, for a minute. Any other start asks the table.
+start_as() {
+	read -r up _ </proc/uptime
+	printf '%s\n' "$(cat /proc/sys/kernel/random/boot_id) $((${up%.*} + 60)) $1" >"$state/$name.ticket"
+	command_for start || later "the start command failed"
+	tries=0
+	until [ "$(part)" = "$1" ] && ready "$1"; do
+		tries=$((tries + 1))
+		[ "$tries" -lt "$((limit * 20))" ] || later "does not come up as $1"
+		sleep 0.05
+	done
+	say "runs as $1"
+}
+
+# stop_all ends every process of the instance: politely, and after two seconds
+# by force, which also ends one that was stopped by a signal.
+stop_all() {
+	rm -f "$state/$name.ticket"
+	command_for stop || say "the stop command failed"
+	tries=0
+	while left=$(members) && [ -n "$left" ]; do
+		signal=
+		# shellcheck disable=SC2086 # process ids; some may just have ended
+		case $tries in
+		0) signal=TERM ;;
+		40)
+			signal=KILL
+			say "ended by force:" $left
+			;;
+		*) ! spent $left || signal=KILL ;;
+		esac
+		# shellcheck disable=SC2086
+		[ -z "$signal" ] || kill -s "$signal" $left 2>/dev/null || :
+		tries=$((tries + 1))
+		[ "$tries" -lt "$((limit * 20))" ] || later "cannot be stopped: $left"
+		sleep 0.05
+	done
+	stopped
+}
+
+# part_of_this_start decides what an instance that starts is: what the hook that
+# starts it says, else what the role table says, else replica.
+part_of_this_start() {
+	if [ -s "$state/$name.ticket" ]; then
+		read -r boot until part <"$state/$name.ticket"
+		rm -f "$state/$name.ticket"
+		read -r up _ </proc/uptime
+		if [ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] && [ "${up%.*}" -le "$until" ]; then
+			echo "$part"
+			return
+		fi
+	fi
+	if is_active; then echo master; else echo replica; fi
+}
+
+# is_active asks the role table whether this backend serves all its roles,
+# openly and beyond doubt.
+is_active() {
+	roles=$(setting "$name.roles")
+	[ -n "$roles" ] || return 1
+	set -f
+	# shellcheck disable=SC2046 # the command's words
+	table=$(timeout 5 $(setting ask 'posthouse roles -o json') </dev/null) || return 1
+	set +f
+	for role in $roles; do
+		printf '%s\n' "$table" | jq -e --arg role "$role" --arg me "$name" \
+			'[.[] | select(.role == $role)] | length == 1 and all(.active == $me and .phase == "open" and (.in_doubt | not))' \
+			>/dev/null 2>&1 || return 1
+	done
+}
+
+# main is the command line: -c FILE STEP | run NAME | --remote.
+main() {
+	config=$default_config
+	if [ "${1-}" = -c ]; then
+		config=$2
+		shift 2
+	fi
+	check_config
+	state=$(setting state /var/lib/posthouse-hooks)
+	limit=$(setting limit 15)
+	name=
+	case ${1-} in
+	run | --run | --at | --remote)
+		[ "$(id -u)" = 0 ] && [ -r /proc/self/cmdline ] || fail "must be root, to see every process"
+		mkdir -p "$state"
+		;;
+	esac
+	case ${1-} in
+	prove | demote | catch_up | promote | undo_promote | undo_demote) hook "$1" ;;
+	--remote) remote ;;
+	--at)
+		shift
+		at "$@"
+		;;
+	run)
+		# From here on this process counts as one of the instance: a hook that
+		# stops the instance ends it too, before it has acted on an old answer.
+		name=${2:?which instance?}
+		dir=$(setting "$name.dir")
+		[ -n "$dir" ] || fail "$config does not know it"
+		exec "$0" -c "$config" --run "$name" "$(configs | head -n 1)"
+		;;
+	--run)
+		name=$2
+		dir=$(setting "$name.dir")
+		part=$(part_of_this_start)
+		say "starts as $part"
+		umask 022 # the server has its own opinion
+		run_as "$part"
+		;;
+	*) fail "usage: ${0##*/} [-c FILE] prove|demote|catch_up|promote|undo_promote|undo_demote | run NAME | --remote" ;;
+	esac
+}
