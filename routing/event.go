@@ -40,6 +40,8 @@ type Event struct {
 	Epoch    uint64    `json:"epoch,omitempty"`
 	Number   uint64    `json:"number,omitempty"` // of the switch
 	Text     string    `json:"text,omitempty"`
+	// Steps are the phases of a switch that has ended.
+	Steps []Step `json:"steps,omitempty"`
 }
 
 // emit queues an event: announce logs it and passes it on.
@@ -129,7 +131,7 @@ func changes(old, now *State) []Event {
 				kind, serves = EventAborted, rec.From
 			}
 			events = append(events, Event{Kind: kind, Role: rec.Role, Backend: serves, To: rec.To,
-				Epoch: rec.Epoch, Number: rec.Number, Text: rec.AbortWhy})
+				Epoch: rec.Epoch, Number: rec.Number, Text: rec.AbortWhy, Steps: rec.Steps})
 		}
 	}
 	return events

@@ -42,6 +42,7 @@ type instance struct {
 	store    routing.Store
 	table    *routing.Table
 	server   *proxy.Server
+	metrics  *metrics
 	built    chan struct{} // closed when server is there
 	pool     *backendpool.Pool
 	registry *prometheus.Registry
@@ -99,6 +100,7 @@ func build(ctx context.Context, cfg *config.Config, log *zap.Logger, onEvent fun
 	i.log = log
 	i.certificates.warn(log)
 	i.registry = prometheus.NewRegistry()
+	i.metrics = newMetrics(i.registry)
 	i.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	// The listeners first: a port in use must not leave a registration behind.
 	if err := i.listen(ctx); err != nil {
@@ -190,7 +192,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 			"usernames.allow":     i.cfg.Usernames.Allow,
 			"fencing":             i.cfg.Fencing,
 		},
-		Logger: i.log, OnEvent: onEvent,
+		Logger: i.log, OnEvent: i.metrics.countSwitches(onEvent),
 	})
 	if err != nil {
 		return errors.Join(err, i.store.Close(), i.state.Close())
@@ -323,22 +325,6 @@ func (i *instance) closeListeners() {
 			_ = l.Listener.Close()
 		}
 	}
-}
-
-// watchTable adds the table's metrics.
-func (i *instance) watchTable() {
-	gauge := func(name, help string, value func(routing.Counters) float64) {
-		i.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help},
-			func() float64 { return value(i.table.Counters()) }))
-	}
-	gauge("posthouse_stays", "Sessions inside roles, on their way to or on a backend.",
-		func(c routing.Counters) float64 { return float64(c.Inside) })
-	gauge("posthouse_parked", "Logins that wait for a role on hold.",
-		func(c routing.Counters) float64 { return float64(c.Parked) })
-	i.registry.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
-		Name: "posthouse_role_disagreements_total",
-		Help: "Logins whose directory names another role than the one last used here.",
-	}, func() float64 { return float64(i.table.Counters().Disagreements) }))
 }
 
 func newPool(cfg *config.Config) (*backendpool.Pool, error) {
