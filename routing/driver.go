@@ -236,11 +236,23 @@ func (d *driver) forget(s *State) {
 		if open[number] {
 			continue
 		}
-		if mine.cancel != nil {
-			mine.cancel()
+		if mine.hook != "" {
+			mine.cancel() // hookEnded forgets it: nothing else runs for its roles before
+			continue
 		}
 		delete(d.switches, number)
 	}
+}
+
+// isBusy says whether a hook of another switch still runs for one of the roles:
+// a failover has taken over.
+func (d *driver) isBusy(number uint64, roles []string) bool {
+	for other, theirs := range d.switches {
+		if other != number && theirs.hook != "" && slices.ContainsFunc(roles, func(role string) bool { return slices.Contains(theirs.roles, role) }) {
+			return true
+		}
+	}
+	return false
 }
 
 // stepSwitch does the next step of one switch. row is that of its first role.
@@ -256,6 +268,9 @@ func (d *driver) stepSwitch(ctx context.Context, s *State, roles []string, row R
 		return d.commit(ctx, roles, "taking up the switch", func(s *State, role string) error { return t.rules.takeUp(s, role, mine.number) })
 	}
 	mine.roles = roles
+	if d.isBusy(mine.number, roles) {
+		return false, nil
+	}
 	if mine.hook != "" {
 		if row.Phase != mine.in {
 			mine.cancel() // the switch was aborted under it

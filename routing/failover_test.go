@@ -134,6 +134,25 @@ func TestSafety20FailoverTakesOverASwitch(t *testing.T) {
 	})
 }
 
+// The hook that is at work when a failover takes over has ended before the next
+// one begins.
+func TestFailoverWaitsForTheHookAtWork(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{slow: map[Hook]time.Duration{HookCatchUp: time.Hour}, ending: 700 * time.Millisecond}
+		f := h.startWith(l, HookDemote, HookCatchUp, HookPromote, HookFence)
+		done := f.goSwitch(toB)
+		time.Sleep(3 * time.Second)
+		if err := f.failover(false, "b"); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err == nil || l.most != 1 {
+			t.Errorf("%v; %d hooks at a time", err, l.most)
+		}
+		f.stop()
+	})
+}
+
 // What is being promoted may have taken mail already: no failover to a third.
 func TestFailoverGoesWhereThePromotionBegan(t *testing.T) {
 	s := table(t)

@@ -112,7 +112,9 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	case err != nil:
 		t.log.Error("writing down how a hook ended; it is run again", zap.Error(err))
 		mine.notBefore = time.Now().Add(retryAfter)
-	case row.Switch == nil || row.Phase != in: // aborted under it
+	case row.Switch == nil || row.Switch.Number != mine.number:
+		delete(d.switches, end.number)
+	case row.Phase != in: // aborted under it
 	case end.err == nil:
 		mine.retrying = time.Time{}
 		d.hookDone(mine, row, end.run.Hook)

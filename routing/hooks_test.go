@@ -21,6 +21,9 @@ type hookLog struct {
 	fail map[Hook]error
 	slow map[Hook]time.Duration
 	do   map[Hook]func(HookCall)
+	// ending is how long one takes that is ended; most, how many ran at a time.
+	ending        time.Duration
+	running, most int
 }
 
 func (l *hookLog) Run(ctx context.Context, call HookCall) (string, error) {
@@ -28,8 +31,16 @@ func (l *hookLog) Run(ctx context.Context, call HookCall) (string, error) {
 	l.ran = append(l.ran, call.Hook)
 	l.seen = append(l.seen, l.site.get().Roles[call.Roles[0]].Phase)
 	d, err, do := l.slow[call.Hook], l.fail[call.Hook], l.do[call.Hook]
+	l.running++
+	l.most = max(l.most, l.running)
 	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		l.running--
+		l.mu.Unlock()
+	}()
 	if d > 0 && !pause(ctx, d) {
+		time.Sleep(l.ending)
 		return "", ctx.Err()
 	}
 	if do != nil {
