@@ -13,12 +13,6 @@ import (
 	"go.uber.org/zap"
 )
 
-// How often the driver asks the store which frontends have ended.
-const (
-	askOften  = time.Second     // while a role is held: a dead frontend's ack would be waited for
-	askSeldom = 5 * time.Second // otherwise
-)
-
 // driving is what a driver remembers of a switch that it has taken up.
 type driving struct {
 	number uint64
@@ -133,7 +127,6 @@ type driver struct {
 	switches map[uint64]*driving
 	requests map[uint64]time.Time // when this process saw them first
 	seen     map[string]time.Time // residues, by when this process saw them first
-	nextGC   time.Time            // when to ask for gone frontends again
 
 	running sync.WaitGroup
 	ended   chan hookEnd // of hooks, one for each at work
@@ -192,9 +185,6 @@ func (d *driver) run(ctx context.Context) {
 
 // step does what is due now. progressed says that there may be more.
 func (d *driver) step(ctx context.Context) (progressed bool, err error) {
-	if err := d.bury(ctx); err != nil {
-		return false, err
-	}
 	if err := d.ageOut(ctx); err != nil {
 		return false, err
 	}
@@ -326,52 +316,10 @@ func (d *driver) commitAll(ctx context.Context, what string, change func(*State)
 	return true, nil
 }
 
-// bury ends the registrations of frontends that are proven to have ended.
-func (d *driver) bury(ctx context.Context) error {
-	now := time.Now()
-	if now.Before(d.nextGC) {
-		return nil
-	}
-	d.nextGC = now.Add(d.askEvery())
-	t, own := d.t, d.t.ID()
-	var others []string
-	for _, id := range sortedKeys(t.Snapshot().Frontends) {
-		if id != own {
-			others = append(others, id)
-		}
-	}
-	if len(others) == 0 {
-		return nil
-	}
-	gone, err := t.opt.Store.Gone(ctx, others)
-	if err != nil {
-		return fmt.Errorf("asking which frontends have ended: %w", err)
-	}
-	for _, id := range gone {
-		did, err := d.commitAll(ctx, "burying "+id, func(s *State) error { return t.rules.bury(s, id, now) })
-		if err != nil {
-			return err
-		}
-		if did {
-			t.emit(Event{Kind: EventBuried, Frontend: id})
-		}
-	}
-	return nil
-}
-
-func (d *driver) askEvery() time.Duration {
-	for _, row := range d.t.Snapshot().Roles {
-		if row.Switch != nil || row.Request != nil {
-			return askOften
-		}
-	}
-	return askSeldom
-}
-
 // patience is how long the driver may sleep if nothing changes.
 func (d *driver) patience() time.Duration {
 	now, s := time.Now(), d.t.Snapshot()
-	wait := min(d.askEvery(), d.nextGC.Sub(now))
+	wait := d.t.askEvery()
 	for _, mine := range d.switches {
 		if len(mine.roles) == 0 || s.Roles[mine.roles[0]].Switch == nil {
 			continue

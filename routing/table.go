@@ -142,6 +142,7 @@ func Start(ctx context.Context, opt Options) (*Table, error) {
 	t.running.Go(func() { t.announce(run) })
 	t.running.Go(func() { t.heedDeadline(run) })
 	t.running.Go(func() { t.answerRequests(run) })
+	t.running.Go(func() { t.buryOthers(run) })
 	t.wakeKeeper()
 	return t, nil
 }
