@@ -30,7 +30,7 @@ func TestSwitchesOfAMirroredPair(t *testing.T) {
 	users := userNames(12)
 	clients, readers := users[:8], users[8:]
 	h, a, b := newHookedPair(t, users...)
-	s := takesMail(newSite(t, a.backend(), b.backend(), users...)).shared(newEtcd(t), "")
+	s := takesMail(newSite(t, a.backend(), b.backend(), users...)).shared(newEtcd(t), "3s")
 	s.useHooks(h)
 	frontends := []*posthouse{startFrontend(t, s), startFrontend(t, s), startFrontend(t, s)}
 
@@ -122,4 +122,3 @@ func lastLine(text string) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")
 	return lines[len(lines)-1]
 }
-

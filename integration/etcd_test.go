@@ -61,8 +61,8 @@ func (e *etcdCluster) stop(t testing.TB) {
 
 // shared puts the site's table into etcd: its frontends are on hosts of their
 // own, each with a state directory.
-func (s *site) shared(e *etcdCluster, more string) *site {
-	s.store = fmt.Sprintf("{type: etcd, endpoints: [%q, %q, %q], lease: 3s%s}", e.urls[0], e.urls[1], e.urls[2], more)
+func (s *site) shared(e *etcdCluster, lease string) *site {
+	s.store = fmt.Sprintf("{type: etcd, endpoints: [%q, %q, %q], lease: %s}", e.urls[0], e.urls[1], e.urls[2], lease)
 	return s
 }
 
@@ -73,7 +73,7 @@ func (s *site) shared(e *etcdCluster, more string) *site {
 func TestSwitchOnThreeHosts(t *testing.T) {
 	users := userNames(12)
 	pair := newCyrusPair(t, users...)
-	s := newSite(t, pair.a.backend(), pair.b.backend(), users...).shared(newEtcd(t), "")
+	s := newSite(t, pair.a.backend(), pair.b.backend(), users...).shared(newEtcd(t), "3s")
 	frontends := []*posthouse{startFrontend(t, s), startFrontend(t, s), startFrontend(t, s)}
 
 	var crowds [3]crowd
@@ -116,7 +116,7 @@ func TestEtcdAway(t *testing.T) {
 	users := userNames(2)
 	pair := newCyrusPair(t, users...)
 	etcd := newEtcd(t)
-	s := paced(newSite(t, pair.a.backend(), pair.b.backend(), users...)).shared(etcd, "")
+	s := paced(newSite(t, pair.a.backend(), pair.b.backend(), users...)).shared(etcd, "3s")
 	first, second := startFrontend(t, s), startFrontend(t, s)
 	live := first.as(t, users[0])
 
@@ -140,7 +140,7 @@ func TestFrontendOfAnotherHostDies(t *testing.T) {
 	t.Parallel()
 	users := userNames(2)
 	pair := newCyrusPair(t, users...)
-	s := paced(newSite(t, pair.a.backend(), pair.b.backend(), users...)).shared(newEtcd(t), "")
+	s := paced(newSite(t, pair.a.backend(), pair.b.backend(), users...)).shared(newEtcd(t), "3s")
 	first, second := startFrontend(t, s), startFrontend(t, s)
 	first.as(t, users[0])
 	second.as(t, users[1])
@@ -177,6 +177,55 @@ func TestFrontendOfAnotherHostDies(t *testing.T) {
 	mustOpen(t, first.switchTo(t, "b", "--confirmed-clean"))
 	first.mustBeOn(t, "b")
 	mustNotOverlap(t, pair.a, pair.b)
+}
+
+// TestSafety10LeasedFrontend: with `fencing: leased` one that is silent for longer
+// than its lease counts as ended, and the demote hook ends what its sockets may
+// still do. Awake again it ends its sessions, takes a new registration and
+// follows. One that is cut off from etcd ends its sessions in time by itself.
+func TestSafety10LeasedFrontend(t *testing.T) {
+	t.Parallel()
+	users := userNames(3)
+	h, a, b := newHookedPair(t, users...)
+	etcd := newEtcd(t)
+	s := newSite(t, a.backend(), b.backend(), users...).shared(etcd, "6s")
+	s.limits = "drain_timeout: 2s, switch_budget: 15s"
+	s.more = append(s.more, "fencing: leased")
+	s.useHooks(h)
+	first, second := startFrontend(t, s), startFrontend(t, s)
+	onSecond := second.as(t, users[1])
+
+	must(t, syscall.Kill(second.pid(), syscall.SIGSTOP))
+	t.Cleanup(func() { syscall.Kill(second.pid(), syscall.SIGCONT) })
+	within(t, 30*time.Second, "a switch opens without the second", func() bool { return first.switchTo(t, "b").code == 0 })
+	mustAnswer(t, first.as(t, users[1])) // on b, and a's process for it was ended
+	must(t, syscall.Kill(second.pid(), syscall.SIGCONT))
+	if _, _, err := onSecond.imap(10*time.Second, "NOOP"); err == nil {
+		t.Error("a session on the old active goes on")
+	}
+	within(t, 20*time.Second, "the second has registered anew", func() bool {
+		list := first.frontends(t)
+		return len(list) == 2 && !slices.ContainsFunc(list, func(f frontendView) bool { return !f.Alive })
+	})
+	mustAnswer(t, second.as(t, users[2]))
+	mustNotOverlap(t, a.cyrus, b.cyrus)
+
+	live := first.as(t, users[0])
+	mustAnswer(t, live)
+	etcd.stop(t)
+	within(t, 10*time.Second, "the sessions end before the lease", func() bool {
+		_, _, err := live.imap(5*time.Second, "NOOP")
+		return err != nil
+	})
+	etcd.start(t)
+	within(t, 30*time.Second, "logins go on", func() bool {
+		w, err := imapLogin(first.imap(), first.name, users[0], password, 25*time.Second)
+		if err != nil {
+			return false
+		}
+		w.Close()
+		return true
+	})
 }
 
 // mustAnswer: the session is alive.
