@@ -50,14 +50,15 @@ type backend struct {
 	style      string // authzid, master-user, replay
 	done       string // eof, logout
 	lmtpTLS    string // of its LMTP service; empty: as the others
+	plain      bool   // no TLS
 }
 
 // backend: lmtpd -a knows no STARTTLS.
 func (c *cyrus) backend() backend {
-	return backend{c.host, c.certName(), "authzid", "eof", "off"}
+	return backend{c.host, c.certName(), "authzid", "eof", "off", false}
 }
 func (d *dovecot) backend() backend {
-	return backend{d.host, d.cert, "master-user", "logout", ""}
+	return backend{d.host, d.cert, "master-user", "logout", "", false}
 }
 
 // newSite describes an installation with one role, ma01, on a and b; a is
@@ -119,9 +120,12 @@ func (s *site) yaml(p *posthouse, dir string) string {
 		if be.lmtpTLS != "" {
 			lmtpTLS = ", lmtp_mode: " + be.lmtpTLS
 		}
+		tls := fmt.Sprintf("{mode: starttls, ca: %s, server_name: %s%s}", lab.ca.file, be.cert, lmtpTLS)
+		if be.plain {
+			tls = "{mode: off}"
+		}
 		fmt.Fprintf(&b, "  %s: {imap: \"%s:143\", pop3: \"%s:110\", sieve: \"%s:4190\", lmtp: \"%s:24\",\n"+
-			"      tls: {mode: starttls, ca: %s, server_name: %s%s},\n      login: %s, done: %s}\n",
-			name, be.host, be.host, be.host, be.host, lab.ca.file, be.cert, lmtpTLS, login, be.done)
+			"      tls: %s,\n      login: %s, done: %s}\n", name, be.host, be.host, be.host, be.host, tls, login, be.done)
 	}
 	fmt.Fprintf(&b, "roles:\n  ma01: {members: [%s], active: %s%s}\n", s.members, s.active, s.hooks)
 	for _, role := range slices.Sorted(maps.Keys(s.roles)) {

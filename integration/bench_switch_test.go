@@ -1,0 +1,73 @@
+//go:build bench
+
+package integration
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestBenchSwitch: a role with 2000 live sessions on three frontends, with etcd
+// and without hooks, goes to and fro. Measured are the times from the command to
+// the first login on the new active, and to the command's end.
+func TestBenchSwitch(t *testing.T) {
+	const sessions, switches = 2000, 9
+	users := userNames(sessions)
+	a, b := newRecorder(t), newRecorder(t)
+	s := newSite(t, a.backend(), b.backend(), users...).shared(newEtcd(t), "3s")
+	s.fast = true
+	frontends := []*posthouse{startFrontend(t, s), startFrontend(t, s), startFrontend(t, s)}
+
+	var clients []*wire
+	logIn := func() {
+		all, slots := make([]*wire, sessions), make(chan struct{}, 16)
+		var wg sync.WaitGroup
+		for i, user := range users {
+			slots <- struct{}{}
+			wg.Go(func() {
+				defer func() { <-slots }()
+				p := frontends[i%3]
+				w, err := imapLogin(p.imap(), p.name, user, password, 30*time.Second)
+				if err != nil {
+					t.Errorf("%s: %v", user, err)
+					return
+				}
+				all[i] = w
+			})
+		}
+		wg.Wait()
+		clients = all
+	}
+	var first, whole []time.Duration
+	for i := range switches {
+		logIn()
+		if t.Failed() {
+			return
+		}
+		to := []*recorder{b, a}[i%2]
+		began := time.Now()
+		ended := frontends[i%3].startSwitch(t, []string{"b", "a"}[i%2])
+		p := frontends[(i+1)%3]
+		within(t, 10*time.Second, "the role is held", func() bool { return p.role(t).Phase != "open" || len(ended) > 0 || to.sessions() > 0 })
+		w, err := imapLogin(p.imap(), p.name, users[0], password, 30*time.Second)
+		must(t, err)
+		first = append(first, time.Since(began))
+		result := <-ended
+		mustOpen(t, result)
+		whole = append(whole, result.took)
+		w.Close()
+		for _, c := range clients {
+			c.Close()
+		}
+		within(t, 10*time.Second, "everybody has left", func() bool { return a.sessions()+b.sessions() == 0 })
+	}
+	mustNeverBeOnBoth(t, a, b)
+	report := func(what string, all []time.Duration) string {
+		slices.Sort(all)
+		return fmt.Sprintf("%s: median %v (%v–%v)", what, all[len(all)/2].Round(time.Millisecond), all[0].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond))
+	}
+	t.Logf("%d sessions, %d switches; %s; %s", sessions, switches, report("first login on the new active", first), report("end of the command", whole))
+}
