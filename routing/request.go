@@ -45,6 +45,9 @@ type Report struct {
 const (
 	// preflightTimeout bounds the wait for reports; so does SwitchBudget.
 	preflightTimeout = 10 * time.Second
+	// requestKept is after how long nobody expects a switch to begin any more:
+	// all frontends were stopped meanwhile. Clocks may differ by as much.
+	requestKept = 10 * time.Minute
 	// planKept is after how long the driver takes a plan's request back.
 	planKept = time.Minute
 )
@@ -236,6 +239,8 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 		return false, nil
 	case q.PlanOnly:
 		why = "nobody has taken the plan"
+	case now.Sub(q.Asked) > requestKept:
+		why = "it was asked for at " + q.Asked.UTC().Format(time.DateTime) + " and could not begin: ask again"
 	case why == "":
 		did, err := d.commitAll(ctx, role+": holding", func(s *State) error { return t.rules.start(s, role, q.Number, now) })
 		if did || err != nil {

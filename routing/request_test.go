@@ -146,3 +146,25 @@ func TestRequestIsAborted(t *testing.T) {
 		f.stop()
 	})
 }
+
+// A switch that could not begin before all frontends were stopped does not begin
+// when they are started the next day.
+func TestOldRequestIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.start("f").stop()
+		s := h.site.get().Clone()
+		if err := (rules{}).request(s, []string{"ma01"}, order{to: "b"}, false, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		h.site.replace(s)
+		time.Sleep(time.Hour)
+		f := h.start("f")
+		time.Sleep(time.Minute)
+		row, history := f.Snapshot().Roles["ma01"], f.Snapshot().History
+		if row.Active != "a" || row.Request != nil || len(history) != 1 || !strings.Contains(history[0].AbortWhy, "ask again") {
+			t.Errorf("%+v, %+v", row, history)
+		}
+		f.stop()
+	})
+}
