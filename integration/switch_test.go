@@ -192,6 +192,8 @@ func (c *cyrus) freeze(t testing.TB, user string) (thaw func()) {
 // crowd is a number of clients, one per user, that work and come back whenever
 // they are sent away.
 type crowd struct {
+	calm bool // without commands for which both sides must have the same mail
+
 	quit chan struct{}
 	once sync.Once
 	done sync.WaitGroup
@@ -209,6 +211,9 @@ func (c *crowd) start(p *posthouse, users []string) {
 	c.quit, c.users = make(chan struct{}), users
 	c.lastLogin, c.acked, c.commands = map[string]time.Time{}, map[string][]string{}, map[string]int{}
 	habits := []func(*wire, string) error{c.noop, c.append, c.fetch, c.idle}
+	if c.calm {
+		habits = []func(*wire, string) error{c.noop, c.idle}
+	}
 	for i, user := range users {
 		c.done.Go(func() { c.live(p, user, habits[i%len(habits)]) })
 	}
