@@ -2,6 +2,8 @@ package integration
 
 import (
 	"fmt"
+	"net"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -25,6 +27,9 @@ type visit struct {
 //	auditlog: append sessionid=<…> mailbox=<user.u0001> …
 //	auditlog: traffic sessionid=<…> bytes_in=<156> bytes_out=<1083>
 //
+// A process that was killed logs no end: its sessions ended at the latest when
+// the instance started anew. Should one have outlived that, its changes tell.
+//
 // timsieved logs neither the session id at login nor the traffic: its changes
 // are known by the process, and its sessions have no end in the log, so they
 // are judged by their changes only.
@@ -47,6 +52,13 @@ func (c *cyrus) visits(t testing.TB) []visit {
 		return session
 	}
 	for _, l := range lab.syslog.of(c.prefix) {
+		if l.process == "ctl_cyrusdb" && l.text == "recovering cyrus databases" {
+			for i := range all {
+				if all[i].to.IsZero() {
+					all[i].to = l.at
+				}
+			}
+		}
 		if m := loginLine.FindStringSubmatch(l.text); m != nil && !slices.Contains(replication, m[1]) {
 			at[key(l, m[2])] = len(all)
 			all = append(all, visit{user: m[1], backend: c.prefix, session: m[2], service: l.process, from: l.at})
@@ -143,5 +155,27 @@ func TestVisits(t *testing.T) {
 	both := overlaps(pair.a.visits(t), pair.b.visits(t))
 	if len(both) != 1 || !strings.Contains(both[0], "u0001 changed something") {
 		t.Fatalf("found %q", both)
+	}
+}
+
+// TestVisitsEndWithTheInstance: a process that was killed says nothing, and its
+// session counts as one that goes on until its instance starts anew.
+func TestVisitsEndWithTheInstance(t *testing.T) {
+	t.Parallel()
+	killed := &cyrus{prefix: filepath.Base(newDir(t, "killed-"))}
+	says := func(line string) {
+		conn, err := net.Dial("unixgram", lab.syslog.socket)
+		must(t, err)
+		defer conn.Close()
+		_, err = conn.Write([]byte("<22>Jan  1 00:00:00 " + killed.prefix + "/" + line))
+		must(t, err)
+	}
+	says("imap[7]: login: localhost [127.0.0.1] u0001 PLAIN User logged in SESSIONID=<s7>")
+	if all := killed.visits(t); len(all) != 1 || !all[0].to.IsZero() {
+		t.Fatalf("before: %v", all)
+	}
+	says("ctl_cyrusdb[8]: recovering cyrus databases")
+	if all := killed.visits(t); len(all) != 1 || all[0].to.IsZero() {
+		t.Fatalf("after: %v", all)
 	}
 }
