@@ -270,7 +270,10 @@ func (e *explorer) apply(s *State, op storeOp) error {
 	}
 	switch op.kind {
 	case "hold", "hold, confirmed clean":
-		err := e.r.hold(s, []string{"r"}, order{to: backendName[3-backendNumber(row.Active)], hooks: e.has(), confirmedClean: op.kind != "hold"}, now)
+		if op.kind != "hold" {
+			s.clean([]string{"r"})
+		}
+		err := e.r.hold(s, []string{"r"}, order{to: backendName[3-backendNumber(row.Active)], hooks: e.has()}, now)
 		if row := s.Roles["r"]; err == nil && e.effect == effectEpoch {
 			row.Epoch--
 			s.Roles["r"] = row

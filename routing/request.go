@@ -16,14 +16,13 @@ import (
 // open, and every frontend reports whether it is ready (preflight). Then the
 // driver holds the role, or refuses.
 type Request struct {
-	Number         uint64    `json:"number"` // the switch's
-	To             string    `json:"to"`
-	Who            string    `json:"who"`
-	Why            string    `json:"why,omitempty"`
-	Asked          time.Time `json:"asked"`
-	Roles          []string  `json:"roles"`
-	Hooks          []Hook    `json:"hooks,omitempty"`
-	ConfirmedClean bool      `json:"confirmed_clean,omitempty"`
+	Number uint64    `json:"number"` // the switch's
+	To     string    `json:"to"`
+	Who    string    `json:"who"`
+	Why    string    `json:"why,omitempty"`
+	Asked  time.Time `json:"asked"`
+	Roles  []string  `json:"roles"`
+	Hooks  []Hook    `json:"hooks,omitempty"`
 	// PlanOnly: the switch is not to begin; who has asked takes the request
 	// back when it has the reports.
 	PlanOnly bool `json:"plan_only,omitempty"`
@@ -52,19 +51,38 @@ const (
 	planKept = time.Minute
 )
 
-// request asks for a switch of roles. It refuses what hold would refuse.
+// request asks for a switch of roles. It refuses what hold would refuse. The
+// operator's word that all is clean counts for the residues that stand now, not
+// for what comes up until HOLD.
 func (r rules) request(s *State, roles []string, o order, planOnly bool, now time.Time) error {
-	if err := r.hold(s.Clone(), roles, o, now); err != nil {
+	trial := s.Clone()
+	if o.confirmedClean {
+		trial.clean(roles)
+	}
+	if err := r.hold(trial, roles, o, now); err != nil {
 		return err
+	}
+	if o.confirmedClean && !planOnly {
+		s.clean(roles)
 	}
 	s.Switches++
 	for _, role := range roles {
 		row := s.Roles[role]
 		row.Request = &Request{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Asked: now, Roles: slices.Clone(roles),
-			Hooks: slices.Clone(o.hooks), ConfirmedClean: o.confirmedClean, PlanOnly: planOnly}
+			Hooks: slices.Clone(o.hooks), PlanOnly: planOnly}
 		s.Roles[role] = row
 	}
 	return nil
+}
+
+// clean clears the residues of roles.
+func (s *State) clean(roles []string) {
+	for _, role := range roles {
+		if row, ok := s.Roles[role]; ok {
+			row.Residues = nil
+			s.Roles[role] = row
+		}
+	}
 }
 
 // requested looks up a role for which the switch with this number is asked.
@@ -105,7 +123,7 @@ func (r rules) start(s *State, role string, number uint64, now time.Time) error 
 		return err
 	}
 	q := *row.Request
-	o := order{number: number, to: q.To, who: q.Who, why: q.Why, hooks: q.Hooks, confirmedClean: q.ConfirmedClean}
+	o := order{number: number, to: q.To, who: q.Who, why: q.Why, hooks: q.Hooks}
 	return r.hold(s, q.Roles, o, now)
 }
 

@@ -168,3 +168,30 @@ func TestOldRequestIsRefused(t *testing.T) {
 		f.stop()
 	})
 }
+
+// The operator's word is about what was there when it was given: what comes up
+// until HOLD still stands in the way.
+func TestWordCoversNothingNewer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		f.enter("alice").Leave(End{Why: "reset"})
+		f.mustFail(toB, "alice")
+		dead := false
+		h.opt.Reach = func(context.Context, string) error { // called for a preflight's report
+			if !dead {
+				dead = true
+				f.enter("bob").Leave(End{Why: "killed"})
+			}
+			return nil
+		}
+		g := h.start("g")
+		f.mustFail(clean(toB), "bob", "killed")
+		if row := f.Snapshot().Roles["ma01"]; row.Active != "a" || len(row.Residues) != 1 {
+			t.Errorf("%+v", row)
+		}
+		f.mustSwitch(clean(toB))
+		f.stop()
+		g.stop()
+	})
+}

@@ -31,7 +31,10 @@ func TestRulesRefuse(t *testing.T) {
 	now := explorerTime
 	hold := func(role, to string, confirmed bool) func(*State) error {
 		return func(s *State) error {
-			return r.hold(s, []string{role}, order{to: to, confirmedClean: confirmed}, now)
+			if confirmed {
+				s.clean([]string{role})
+			}
+			return r.hold(s, []string{role}, order{to: to}, now)
 		}
 	}
 	residue := func(s *State) {

@@ -98,7 +98,8 @@ type order struct {
 	to, who, why string
 	hooks        []Hook
 	acceptLoss   bool // for a failover
-	// confirmedClean clears the roles' residues on the operator's word.
+	// confirmedClean is the operator's word that clears the roles' residues; for
+	// a request.
 	confirmedClean bool
 }
 
@@ -113,9 +114,6 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 		row, err := s.row(role)
 		if err != nil {
 			return err
-		}
-		if o.confirmedClean {
-			row.Residues = nil
 		}
 		proves := slices.Contains(o.hooks, HookProve) || slices.Contains(o.hooks, HookDemote)
 		if err := r.check(change{s: s, role: role, row: row, to: o.to, number: o.number, proves: proves}, holdGuards); err != nil {

@@ -128,7 +128,7 @@ func full() *routing.State {
 		Stuck: "hook promote failed", Failover: true, AcceptLoss: true,
 	}
 	req := routing.Request{
-		Number: 8, To: "b", Who: "root", Why: "x", Asked: at, Roles: []string{"ma02"}, Hooks: []routing.Hook{routing.HookProve}, ConfirmedClean: true, PlanOnly: true,
+		Number: 8, To: "b", Who: "root", Why: "x", Asked: at, Roles: []string{"ma02"}, Hooks: []routing.Hook{routing.HookProve}, PlanOnly: true,
 		Reports: map[string]routing.Report{"f1": {Sessions: 3, Places: 4, Unreachable: "imap: refused"}},
 	}
 	return &routing.State{
