@@ -205,6 +205,8 @@ type Backend struct {
 	LMTP  string     `yaml:"lmtp"`
 	TLS   BackendTLS `yaml:"tls"`
 	Login Login      `yaml:"login"`
+	// Replica is where it can be read while it is a replica.
+	Replica Replica `yaml:"replica"`
 	// Done says what proves that the backend has finished a session: logout
 	// (default), the tagged reply to our own LOGOUT; or eof, its closing of
 	// the connection after we have half-closed. eof is a proof with Cyrus, and

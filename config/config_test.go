@@ -145,13 +145,18 @@ func TestGood(t *testing.T) {
 	tls := BackendTLS{Mode: TLSImplicit, CA: dir + "/ca.pem", ServerName: "mail.example.org"}
 	want.Backends = map[string]Backend{
 		"a": {IMAP: "10.0.0.11:143", Sieve: "10.0.0.11:4190", LMTP: "10.0.0.11:24", TLS: tls,
-			Login: Login{"proxy", dir + "/proxy.secret", StyleMasterUser}, Done: DoneLogout},
+			Login: Login{"proxy", dir + "/proxy.secret", StyleMasterUser}, Done: DoneLogout,
+			Replica: Replica{IMAP: "10.0.0.11:1143", Sieve: "10.0.0.11:5190"}},
 		"b.two": {IMAP: "127.0.0.1:143", Sieve: "localhost:4190", TLS: BackendTLS{Mode: TLSOff}, Login: Login{Style: StyleReplay}, Done: DoneEOF},
 		"c": {IMAP: "mail.example.net:143", Sieve: "mail.example.net:4190", TLS: tls, Login: Login{Style: StyleReplay}, Done: DoneLogout,
 			InsecurePlaintext: true},
 	}
-	want.Roles = map[string]Role{"ma01": {Members: []string{"a", "b.two"}, Active: "b.two", Scope: ScopeRole, Hooks: Hooks{
-		Demote: []string{"/bin/sh", "-c", "exit 75"}, UndoDemote: []string{"/bin/true"}}}}
+	want.Roles = map[string]Role{
+		"ma01": {Members: []string{"a", "b.two"}, Active: "b.two", Scope: ScopeRole, Hooks: Hooks{
+			Demote: []string{"/bin/sh", "-c", "exit 75"}, UndoDemote: []string{"/bin/true"}}},
+		"ma02": {Members: []string{"a"}, Active: "a", CatchUp: CatchUp{CatchUpIMAP, 8, 0, []string{"/bin/cat", "users"}}},
+		"ma03": {Members: []string{"a"}, Active: "a", CatchUp: CatchUp{CatchUpIMAP, 2, 200, nil}},
+	}
 	want.Admin = Admin{Socket: dir + "/admin.sock", SocketMode: 0o660}
 	want.Limits.ResidueMaxAge = 0
 	want.Limits.AuthFailureDelay = 0

@@ -11,11 +11,44 @@ type Role struct {
 	Active string `yaml:"active"`
 	// Hooks are the programs that a switch of the role runs. Default: none.
 	Hooks Hooks `yaml:"hooks"`
+	// CatchUp compares the old active and the new one in a switch, after the
+	// hook catch_up.
+	CatchUp CatchUp `yaml:"catch_up"`
 	// Scope says what the hooks touch. backend (default): the backend as a
 	// whole, so that all roles which it serves are switched together. role:
 	// nothing that other roles use.
 	Scope string `yaml:"scope"`
 }
+
+// CatchUp is a comparison of both members: the new one is not promoted before
+// it has what the old one has. It wants a proxy user at all members.
+type CatchUp struct {
+	// Type is imap; empty (default): nothing is compared.
+	Type string `yaml:"type"`
+	// Parallel is how many users are compared at a time. Default 8.
+	Parallel int `yaml:"parallel"`
+	// Rate is how many logins each backend is asked for in a second, at most; 0
+	// for no limit. Default 200.
+	Rate int `yaml:"rate"`
+	// Users is a program with its arguments that prints all users of the roles in
+	// POSTHOUSE_ROLES, one in a line, run without a shell where anybody's mail may
+	// have changed. Default: those in the files of Config.Directory.
+	Users []string `yaml:"users"`
+}
+
+// Replica are the services that a backend has, for reading, while it must not
+// take users: for the comparison of Role.CatchUp. TLS is as for the others.
+type Replica struct {
+	// IMAP is its host:port. Where nobody listens there the comparison asks
+	// Backend.IMAP, and Backend.Sieve. Default: none.
+	IMAP string `yaml:"imap"`
+	// Sieve is that of ManageSieve. Default: none, and scripts are not compared
+	// while it is a replica.
+	Sieve string `yaml:"sieve"`
+}
+
+// CatchUpIMAP is the value of CatchUp.Type.
+const CatchUpIMAP = "imap"
 
 // Hooks are programs with their arguments, run without a shell: see
 // hookrun.Runner for what they get and say. Each may be left out.

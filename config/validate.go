@@ -230,6 +230,8 @@ func (v *validation) role(path, name string, r Role) {
 		}
 	}
 	v.hooks(path, r)
+	v.catchUp(path+".catch_up", &r)
+	v.cfg.Roles[name] = r
 	switch {
 	case r.Active == "":
 		v.faultAt(path+".active", "is missing", "name the member that serves the role at first")

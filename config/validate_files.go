@@ -132,21 +132,35 @@ func (v *validation) addresses(path, name string, b Backend, owner map[string]st
 			}
 			continue
 		}
-		host, port, ok := v.hostPort(at, address)
-		switch {
-		case !ok:
-			continue
-		case host == "" || port == 0:
-			v.faultAt(at, quote(address)+" lacks a host or a port", "write host:port")
-		case b.TLSMode(service) == TLSOff && !b.InsecurePlaintext && !isLoopback(host):
-			v.faultAt(at, fmt.Sprintf("tls.mode is off and %s is not loopback: passwords and mail would cross the network in the clear", quote(host)),
-				"use starttls or implicit, or set insecure_plaintext: true")
-		}
-		if other, taken := owner[address]; taken {
-			v.faultAt(at, fmt.Sprintf("%s is %s already", address, other), "give each server one name, and each service its own port")
-		}
-		owner[address] = at
+		v.address(at, address, b.TLSMode(service), b, owner)
 	}
+	if b.Replica.IMAP != "" {
+		v.address(path+".replica.imap", b.Replica.IMAP, b.TLS.Mode, b, owner)
+	}
+	if b.Replica.Sieve != "" {
+		v.address(path+".replica.sieve", b.Replica.Sieve, b.TLS.Mode, b, owner)
+	}
+	if b.Replica.IMAP == "" {
+		v.useless(path+".replica.sieve", b.Replica.Sieve, "has no effect without replica.imap", "add that, or remove this")
+	}
+}
+
+// address checks one address of a backend, for which TLS begins by mode.
+func (v *validation) address(at, address, mode string, b Backend, owner map[string]string) {
+	host, port, ok := v.hostPort(at, address)
+	switch {
+	case !ok:
+		return
+	case host == "" || port == 0:
+		v.faultAt(at, quote(address)+" lacks a host or a port", "write host:port")
+	case mode == TLSOff && !b.InsecurePlaintext && !isLoopback(host):
+		v.faultAt(at, fmt.Sprintf("tls.mode is off and %s is not loopback: passwords and mail would cross the network in the clear", quote(host)),
+			"use starttls or implicit, or set insecure_plaintext: true")
+	}
+	if other, taken := owner[address]; taken {
+		v.faultAt(at, fmt.Sprintf("%s is %s already", address, other), "give each server one name, and each service its own port")
+	}
+	owner[address] = at
 }
 
 // lacks says why a backend needs an address for the service; empty if it does

@@ -6,8 +6,10 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -19,6 +21,7 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/posthouse/posthouse/backendpool"
+	"github.com/posthouse/posthouse/backendpool/catchup"
 	"github.com/posthouse/posthouse/cmd/posthouse/internal/admin"
 	"github.com/posthouse/posthouse/config"
 	"github.com/posthouse/posthouse/proxy"
@@ -177,12 +180,14 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	addresses := make(map[string]map[string]string, len(i.cfg.Backends))
 	for _, name := range i.pool.Names() {
 		b, _ := i.pool.Backend(name)
-		addresses[name] = b.Addresses
+		addresses[name] = maps.Clone(b.Addresses) // of those that users get to, all frontends must agree
+		delete(addresses[name], catchup.IMAPService)
+		delete(addresses[name], catchup.SieveService)
 	}
 	limits := i.cfg.Limits
 	i.table, err = routing.Start(ctx, routing.Options{
 		ID: routing.NewID(i.cfg.Hostname), Store: i.store, Directory: chain, Local: i.state,
-		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: hooks(i.cfg.Roles, i.cfg.StateDir), Reach: i.reach,
+		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: &hooks{programs(i.cfg.Roles, i.cfg.StateDir), i.comparisons(chain)}, Reach: i.reach,
 		ResidueMaxAge: limits.ResidueMaxAge,
 		Parking: routing.Parking{Total: limits.MaxParked, Role: limits.MaxParkedPerRole, User: limits.MaxParkedPerUser,
 			Address: limits.MaxParkedPerIP, Unverified: limits.MaxParkedUnverified, EntryRate: limits.EntryRate},
@@ -249,11 +254,17 @@ func roleConfig(r config.Role) routing.RoleConfig {
 			c.Hooks = append(c.Hooks, h)
 		}
 	}
+	if r.CatchUp.Type != "" && !slices.Contains(c.Hooks, routing.HookCatchUp) {
+		if len(c.Hooks) == 0 {
+			c.Scope = routing.ScopeRole // a comparison touches nothing
+		}
+		c.Hooks = append(c.Hooks, routing.HookCatchUp)
+	}
 	return c
 }
 
-// hooks are the programs of all roles.
-func hooks(roles map[string]config.Role, dir string) *hookrun.Runner {
+// programs are the hooks of all roles.
+func programs(roles map[string]config.Role, dir string) *hookrun.Runner {
 	r := &hookrun.Runner{Dir: dir, Roles: make(map[string]hookrun.Commands, len(roles))}
 	for name, role := range roles {
 		commands := make(hookrun.Commands)
@@ -340,6 +351,12 @@ func newPool(cfg *config.Config) (*backendpool.Pool, error) {
 			if address := c.Address(service); address != "" {
 				b.Addresses[service] = address
 			}
+		}
+		if c.Replica.IMAP != "" {
+			b.Addresses[catchup.IMAPService] = c.Replica.IMAP
+		}
+		if c.Replica.Sieve != "" {
+			b.Addresses[catchup.SieveService] = c.Replica.Sieve
 		}
 		if c.TLS.Mode != config.TLSOff || c.TLSMode(config.ProtocolLMTP) != config.TLSOff {
 			t, err := backendTLS(c.TLS)
