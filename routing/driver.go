@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -125,11 +124,12 @@ func decideUndo(row Row, d driving) (move, string) {
 type driver struct {
 	t        *Table
 	switches map[uint64]*driving
-	requests map[uint64]time.Time // when this process saw them first
+	requests map[uint64]*asking
 	seen     map[string]time.Time // residues, by when this process saw them first
 
-	running sync.WaitGroup
-	ended   chan hookEnd // of hooks, one for each at work
+	running     sync.WaitGroup
+	ended       chan hookEnd // of hooks, one for each at work
+	comparisons chan compareEnd
 }
 
 // drive campaigns, and drives when elected, until ctx ends. Losing the
@@ -154,7 +154,8 @@ func (t *Table) drive(ctx context.Context) {
 }
 
 func newDriver(t *Table) *driver {
-	return &driver{t: t, switches: make(map[uint64]*driving), requests: make(map[uint64]time.Time), seen: make(map[string]time.Time), ended: make(chan hookEnd)}
+	return &driver{t: t, switches: make(map[uint64]*driving), requests: make(map[uint64]*asking), seen: make(map[string]time.Time),
+		ended: make(chan hookEnd), comparisons: make(chan compareEnd)}
 }
 
 // run drives until ctx ends, and no hook of its own runs any more.
@@ -177,6 +178,8 @@ func (d *driver) run(ctx context.Context) {
 		case <-changed:
 		case end := <-d.ended:
 			d.hookEnded(ctx, end)
+		case end := <-d.comparisons:
+			d.comparisonEnded(ctx, end)
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -221,7 +224,7 @@ func (d *driver) forget(s *State) {
 			open[row.Request.Number] = true
 		}
 	}
-	maps.DeleteFunc(d.requests, func(number uint64, _ time.Time) bool { return !open[number] })
+	d.forgetRequests(open)
 	for number, mine := range d.switches {
 		if open[number] {
 			continue

@@ -11,6 +11,7 @@ import (
 type EventKind string
 
 const (
+	EventCompared     EventKind = "compared"     // a comparison before HOLD has begun, or ended; Text says which
 	EventHeld         EventKind = "held"         // a role stops admitting
 	EventParked       EventKind = "parked"       // a login waits
 	EventRevoked      EventKind = "revoked"      // a stay must end
@@ -104,7 +105,7 @@ func (t *Table) logEvent(e Event) {
 		t.log.Warn("frontend ended without a goodbye: unknown work of its users may still run", fields...)
 	case EventStuck:
 		t.log.Error("role is held by a switch that goes neither on nor back", fields...)
-	case EventHeld, EventPhase, EventHook, EventOpened, EventAborted:
+	case EventCompared, EventHeld, EventPhase, EventHook, EventOpened, EventAborted:
 		t.log.Info("role "+string(e.Kind), fields...)
 	default:
 		t.log.Debug("role "+string(e.Kind), fields...)
@@ -159,10 +160,29 @@ func hookChanges(role string, was *Switch, is Row) []Event {
 	return events
 }
 
+// comparisonChange tells of a comparison before HOLD, once for all its roles.
+func comparisonChange(role string, was *Request, is Row) (Event, bool) {
+	q := is.Request
+	if q == nil || q.Comparison == nil || q.Roles[0] != role {
+		return Event{}, false
+	}
+	text := "begins"
+	if q.Comparison.Found != "" {
+		text = q.Comparison.Found
+	}
+	if was != nil && was.Comparison != nil && was.Comparison.Found == q.Comparison.Found {
+		return Event{}, false
+	}
+	return Event{Kind: EventCompared, Role: role, Backend: is.Active, To: q.To, Epoch: is.Epoch, Number: q.Number, Text: text}, true
+}
+
 func roleChanges(role string, was, is Row) []Event {
 	var events []Event
 	if is.Doubt != nil && was.Doubt == nil {
 		events = append(events, Event{Kind: EventDoubt, Role: role, Epoch: is.Doubt.Known, Text: is.Doubt.Why})
+	}
+	if e, ok := comparisonChange(role, was.Request, is); ok {
+		events = append(events, e)
 	}
 	if is.Switch != nil && was.Switch != nil && was.Switch.Number == is.Switch.Number {
 		events = append(events, hookChanges(role, was.Switch, is)...)

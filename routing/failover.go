@@ -45,6 +45,7 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 		if err := r.check(c, failoverGuards); err != nil {
 			return err
 		}
+		row.endComparison()
 		row.Request = nil
 		var begun []Phase
 		if old := row.Switch; old != nil {

@@ -133,8 +133,8 @@ func (d *driver) hookDone(mine *driving, row Row, hook Hook) {
 	switch {
 	case hook == HookProve:
 		mine.proved = true
-	case isUndo(hook):
-		mine.undone = row.Switch.Begun[len(row.Switch.Begun)-1]
+	case isUndo(hook): // not what was begun last: another driver may have been faster
+		mine.undone = row.Switch.undoes(hook)
 	default:
 		mine.ran = row.Phase
 	}

@@ -98,6 +98,25 @@ func TestAbortUndoesInReverse(t *testing.T) {
 	}
 }
 
+// A driver that has lost the election without noticing ends an undo hook when
+// the next one has written down that the phase is undone.
+func TestUndoOfALateDriver(t *testing.T) {
+	for name, begun := range map[string][]Phase{"nothing is left": nil, "an earlier phase is left": {PhaseDemote}} {
+		t.Run(name, func(t *testing.T) {
+			d, mine := newDriver(nil), &driving{}
+			row := Row{Phase: PhaseAbort, Switch: &Switch{Begun: begun, Hooks: AllHooks}}
+			d.hookDone(mine, row, HookUndoPromote)
+			want := moveReopen
+			if begun != nil {
+				want = moveUndo
+			}
+			if got, what := decideUndo(row, *mine); got != want {
+				t.Errorf("the next move is %d %s, want %d", got, what, want)
+			}
+		})
+	}
+}
+
 // Without undo_promote a promotion that failed is tried again, not aborted.
 func TestPromoteIsResumed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

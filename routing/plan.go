@@ -22,6 +22,9 @@ type Plan struct {
 	Residues  []Residue        `json:"residues,omitempty"`
 	// Seen are the users whose mail may have changed since the last switch.
 	Seen Seen `json:"seen"`
+	// Compared is what the comparison of both members has found; empty if none
+	// is made, or where it did not come to its end in planComparison.
+	Compared string `json:"compared,omitempty"`
 	// Caveats are what the switch cannot promise.
 	Caveats []string `json:"caveats"`
 }
@@ -99,7 +102,8 @@ func (t *Table) FenceFrontend(ctx context.Context, id string) error {
 }
 
 // Plan says what Switch would do with this request. It asks every frontend for a
-// report, which takes up to planTimeout, and changes nothing else.
+// report, which takes up to planTimeout, has the members compared, if the site
+// wants that, for up to planComparison, and changes nothing else.
 func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 	now := time.Now()
 	s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.requests(s, req, true, now) })
@@ -127,6 +131,9 @@ func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 	if row.Request != nil && refused == "" {
 		p.Roles = row.Request.Roles
 		p.Refused, _ = s.obstacle(row)
+		if row.Request.Comparison != nil {
+			p.Compared = row.Request.Comparison.Found
+		}
 	}
 	for _, role := range p.Roles {
 		row := s.Roles[role]
@@ -152,8 +159,12 @@ func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 	return p, nil
 }
 
-// planTimeout bounds the wait for reports to a plan.
-const planTimeout = 6 * time.Second
+// planTimeout bounds a plan's wait for reports, planComparison that for the
+// comparison behind it.
+const (
+	planTimeout    = 6 * time.Second
+	planComparison = 40 * time.Second
+)
 
 // reported waits for the reports to a plan's request and takes it back. It
 // returns the State that has them.
@@ -168,14 +179,22 @@ func (t *Table) reported(ctx context.Context, role string, number uint64) *State
 			t.install(s, false)
 		} // else the driver takes it back
 	}()
+	comparing := false
 	for {
 		changed, s := t.Changed(), t.Snapshot()
 		row := s.Roles[role]
 		if row.number() != number {
 			return s
 		}
-		if _, mayPass := s.obstacle(row); !mayPass && len(row.Request.Reports) >= len(s.Frontends) {
+		why, mayPass := s.obstacle(row)
+		c := row.Request.Comparison
+		compares := t.compares(role) && (c == nil || c.Found == "")
+		if !mayPass && len(row.Request.Reports) >= len(s.Frontends) && (why != "" || !compares) {
 			return s
+		}
+		if c != nil && !comparing {
+			comparing = true
+			end.Reset(planComparison)
 		}
 		select {
 		case <-changed:

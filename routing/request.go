@@ -26,6 +26,8 @@ type Request struct {
 	// PlanOnly: the switch is not to begin; who has asked takes the request
 	// back when it has the reports.
 	PlanOnly bool `json:"plan_only,omitempty"`
+	// Comparison of the members, before HOLD; nil if none has begun.
+	Comparison *Comparison `json:"comparison,omitempty"`
 	// Reports by frontend.
 	Reports map[string]Report `json:"reports,omitempty"`
 }
@@ -144,6 +146,7 @@ func (r rules) refuse(s *State, role string, number uint64, why string, now time
 			s.record(SwitchRecord{Role: role, From: row.Active, Epoch: row.Epoch, Ended: now,
 				Switch: Switch{Number: number, To: q.To, Who: q.Who, Why: q.Why, Started: q.Asked, Roles: q.Roles, Hooks: q.Hooks, AbortWhy: why}})
 		}
+		row.endComparison()
 		row.Request = nil
 		s.Roles[role] = row
 	}
@@ -169,6 +172,9 @@ func (s *State) obstacle(row Row) (why string, mayPass bool) {
 	}
 	if len(unready) > 0 {
 		return "preflight: " + strings.Join(unready, "; "), false
+	}
+	if c := q.Comparison; c != nil && c.Failed {
+		return "preflight: " + c.Found, false
 	}
 	if len(missing) > 0 {
 		return "preflight: no report from frontend " + strings.Join(missing, ", ") + ": is it running? See `posthouse frontends`", true
@@ -246,18 +252,26 @@ func (t *Table) prepareReport(role, unreachable string) (Report, handed) {
 // stepRequest does what is due for a request. row is that of its first role.
 func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row) (bool, error) {
 	t, q, now := d.t, row.Request, time.Now()
-	asked, known := d.requests[q.Number]
-	if !known {
-		asked = now
-		d.requests[q.Number] = asked
+	mine := d.requests[q.Number]
+	if mine == nil {
+		mine = &asking{since: now}
+		d.requests[q.Number] = mine
 	}
 	why, mayPass := s.obstacle(row)
+	expected := q.Asked
+	if q.Comparison != nil && q.Comparison.Ended.After(expected) {
+		expected = q.Comparison.Ended
+	}
 	switch {
-	case q.PlanOnly && now.Sub(asked) < planKept:
+	case mine.cancel != nil:
+		return false, nil // a comparison is at work; abort takes the request back
+	case why == "" && d.wantsComparison(role, q):
+		return d.runComparison(ctx, s, role, mine)
+	case q.PlanOnly && now.Sub(mine.since) < planKept:
 		return false, nil
 	case q.PlanOnly:
 		why = "nobody has taken the plan"
-	case now.Sub(q.Asked) > requestKept:
+	case now.Sub(expected) > requestKept:
 		why = "it was asked for at " + q.Asked.UTC().Format(time.DateTime) + " and could not begin: ask again"
 	case why == "":
 		did, err := d.commitAll(ctx, role+": holding", func(s *State) error { return t.rules.start(s, role, q.Number, now) })
@@ -268,7 +282,7 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 		if err := t.rules.start(t.Snapshot().Clone(), role, q.Number, now); err != nil {
 			why = err.Error()
 		}
-	case mayPass && now.Sub(asked) < min(preflightTimeout, t.opt.SwitchBudget):
+	case mayPass && now.Sub(mine.since) < min(preflightTimeout, t.opt.SwitchBudget):
 		return false, nil
 	}
 	t.log.Warn("switch refused", zap.String("role", role), zap.Uint64("switch", q.Number), zap.String("why", why))

@@ -61,6 +61,16 @@ func (sw *Switch) hooks(p Phase) (do, undo Hook) {
 	return "", ""
 }
 
+// undoes returns the phase that a hook undoes.
+func (sw *Switch) undoes(hook Hook) Phase {
+	for _, h := range sw.phases() {
+		if h.undo == hook {
+			return h.phase
+		}
+	}
+	return ""
+}
+
 // has says whether the switch has a hook to run.
 func (sw *Switch) has(h Hook) bool {
 	return h != "" && slices.Contains(sw.Hooks, h) && (h != HookFence || !sw.AcceptLoss)
@@ -121,6 +131,7 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 		}
 		row.Epoch++
 		row.Phase = PhaseHold
+		row.endComparison()
 		row.Request = nil
 		row.Switch = &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now,
 			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Steps: []Step{{PhaseHold, now}}}
@@ -369,7 +380,10 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 	rec.Steps = append(rec.Steps, Step{PhaseOpen, now})
 	s.record(rec)
 	row.Active, row.Epoch, row.Phase, row.Switch = active, epoch, PhaseOpen, nil
-	if done {
+	switch {
+	case len(row.Members) > 2, done && rec.Failover:
+		row.Seen = Seen{All: true} // nobody has looked at a third member, or at any
+	case done:
 		row.Seen = Seen{} // the catch-up has looked at them
 	}
 	if done && rec.Failover && rec.From != "" {

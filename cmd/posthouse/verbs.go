@@ -132,6 +132,9 @@ func printRoles(w io.Writer, list []admin.Role) {
 			fmt.Fprintf(w, "\n%s is in doubt: %s.\n  Find out which backend served last, then: posthouse roles init %s --active BACKEND\n",
 				r.Role, r.Doubt.Why, r.Role)
 		}
+		if q := r.Request; q != nil {
+			fmt.Fprintf(w, "\n%s: switch %d to %s by %s, asked for at %s, is being prepared\n", r.Role, q.Number, q.To, q.Who, clock(q.Asked))
+		}
 		if sw := r.Switch; sw != nil {
 			fmt.Fprintf(w, "\n%s: switch %d to %s by %s since %s", r.Role, sw.Number, sw.To, sw.Who, clock(sw.Started))
 			if sw.Why != "" {

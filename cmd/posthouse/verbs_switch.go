@@ -89,7 +89,11 @@ func printPlan(w io.Writer, p routing.Plan) {
 		fmt.Fprintf(tab, "%s\t%s\t%s\n", s.Phase, s.Does, undo)
 	}
 	_ = tab.Flush() // to memory
-	fmt.Fprintf(w, "\nusers seen since the last switch: %s\n\n", seenText(p.Seen))
+	fmt.Fprintf(w, "\nusers seen since the last switch: %s\n", seenText(p.Seen))
+	if p.Compared != "" {
+		fmt.Fprintf(w, "comparison: %s\n", p.Compared)
+	}
+	fmt.Fprintln(w)
 	printFrontends(w, p.Frontends)
 	for _, f := range p.Frontends {
 		switch {
@@ -188,6 +192,8 @@ func narrate(w io.Writer) func(admin.Progress) {
 // tell is an event of the role table in words; "" if it says nothing to people.
 func tell(e routing.Event) string {
 	switch e.Kind {
+	case routing.EventCompared:
+		return fmt.Sprintf("compare  %s and %s of %s: %s", e.Backend, e.To, e.Role, e.Text)
 	case routing.EventHeld:
 		return fmt.Sprintf("hold     %s: switch %d from %s to %s, new logins wait", e.Role, e.Number, e.Backend, e.To)
 	case routing.EventParked:

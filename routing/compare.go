@@ -1,0 +1,183 @@
+package routing
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// Comparer is what Hooks may be besides: it compares the members of a role while
+// the role is open, so that in HOLD only those users are left to be looked at
+// who had a stay since.
+type Comparer interface {
+	// Compares says whether the site wants roles like this one compared.
+	Compares(role string) bool
+	// Compare compares call.Seen's users on call.From and call.To. left are
+	// those that were not equal, found is the outcome in words. err says that
+	// the switch would not come to its end now, and why. It returns soon after
+	// ctx has ended, and nothing of it runs any more then.
+	Compare(ctx context.Context, call HookCall) (left Seen, found string, err error)
+}
+
+// Comparison is one of a Request: whose mail, and how it ended.
+type Comparison struct {
+	// Of was taken out of Row.Seen when the comparison began: what is seen from
+	// then on is newer than it.
+	Of Seen `json:"of,omitzero"`
+	// Found is the outcome in words; empty until there is one.
+	Found string    `json:"found,omitempty"`
+	Ended time.Time `json:"ended,omitzero"`
+	// Failed: the switch is refused for what was found.
+	Failed bool `json:"failed,omitempty"`
+}
+
+// compareTimeout bounds a comparison before HOLD.
+const compareTimeout = time.Hour
+
+// compare begins the comparison of a request, or begins it anew: every frontend
+// has handed in whom it has seen, and has begun to note anew who is seen.
+func (r rules) compare(s *State, role string, number uint64) error {
+	row, err := s.requested(role, number)
+	if err != nil {
+		return err
+	}
+	q := *row.Request
+	if c := q.Comparison; c != nil && c.Found != "" {
+		return fmt.Errorf("%w: role %s: the comparison of switch %d has ended", ErrConflict, role, number)
+	}
+	row.endComparison() // of a driver that is no more
+	q.Comparison = &Comparison{Of: row.Seen}
+	row.Request, row.Seen = &q, Seen{}
+	s.Roles[role] = row
+	return nil
+}
+
+// compared ends it: left are those that have to be looked at once more, as do
+// those whose work may run on unseen; all, if it failed.
+func (r rules) compared(s *State, role string, number uint64, left Seen, c Comparison) error {
+	row, err := s.requested(role, number)
+	if err != nil {
+		return err
+	}
+	q := *row.Request
+	if q.Comparison == nil || q.Comparison.Found != "" {
+		return fmt.Errorf("%w: role %s: switch %d compares nothing now", ErrConflict, role, number)
+	}
+	for _, res := range row.Residues {
+		if res.User == "" {
+			left = Seen{All: true}
+		} else {
+			left = left.merge(Seen{Users: []string{res.User}})
+		}
+	}
+	if c.Failed {
+		row.endComparison()
+	}
+	row.Seen = row.Seen.merge(left)
+	q.Comparison = &c
+	row.Request = &q
+	s.Roles[role] = row
+	return nil
+}
+
+// endComparison puts those back whose comparison did not come to its end.
+func (row *Row) endComparison() {
+	if q := row.Request; q != nil && q.Comparison != nil {
+		row.Seen = row.Seen.merge(q.Comparison.Of)
+	}
+}
+
+// asking is what a driver remembers of a request.
+type asking struct {
+	since  time.Time          // when this process saw it, or its comparison ended
+	cancel context.CancelFunc // of the comparison at work
+}
+
+// compareEnd is how a comparison ended.
+type compareEnd struct {
+	number uint64
+	roles  []string
+	left   Seen
+	found  string
+	err    error
+}
+
+// wantsComparison says whether a request's members are to be compared before it
+// goes on.
+func (d *driver) wantsComparison(role string, q *Request) bool {
+	return d.t.compares(role) && (q.Comparison == nil || q.Comparison.Found == "")
+}
+
+func (t *Table) compares(role string) bool {
+	c, ok := t.opt.Hooks.(Comparer)
+	return ok && c.Compares(role)
+}
+
+// runComparison begins a comparison; comparisonEnded hears of its end.
+func (d *driver) runComparison(ctx context.Context, s *State, role string, mine *asking) (bool, error) {
+	q := s.Roles[role].Request
+	did, err := d.commit(ctx, q.Roles, "comparing", func(s *State, role string) error { return d.t.rules.compare(s, role, q.Number) })
+	if !did || err != nil {
+		return did, err
+	}
+	s = d.t.Snapshot()
+	row := s.Roles[role]
+	if row.Request == nil || row.Request.Number != q.Number {
+		return true, nil // it was taken back
+	}
+	call := HookCall{Hook: HookCatchUp, Roles: q.Roles, From: row.Active, To: q.To, Number: q.Number, Epoch: row.Epoch}
+	for _, role := range q.Roles {
+		if with := s.Roles[role].Request; with != nil && with.Comparison != nil {
+			call.Seen = call.Seen.merge(with.Comparison.Of)
+		}
+	}
+	running, cancel := context.WithTimeout(ctx, compareTimeout)
+	mine.cancel = cancel
+	d.t.log.Info("comparing before HOLD", zap.Strings("roles", q.Roles), zap.Uint64("switch", q.Number),
+		zap.Bool("all", call.Seen.All), zap.Int("users", len(call.Seen.Users)))
+	d.running.Go(func() {
+		defer cancel()
+		end := compareEnd{number: q.Number, roles: q.Roles}
+		end.left, end.found, end.err = d.t.opt.Hooks.(Comparer).Compare(running, call)
+		select {
+		case d.comparisons <- end:
+		case <-ctx.Done():
+		}
+	})
+	return true, nil
+}
+
+// comparisonEnded writes down what a comparison has found; what follows from it
+// is the next step.
+func (d *driver) comparisonEnded(ctx context.Context, end compareEnd) {
+	mine := d.requests[end.number]
+	if mine == nil {
+		return // the request was taken back
+	}
+	now := time.Now()
+	mine.cancel, mine.since = nil, now
+	c := Comparison{Found: cmp.Or(end.found, "nothing to compare"), Ended: now}
+	if end.err != nil {
+		c.Found, c.Failed = end.err.Error(), true
+	}
+	d.t.log.Info("compared before HOLD", zap.Strings("roles", end.roles), zap.Uint64("switch", end.number), zap.String("found", c.Found), zap.Bool("failed", c.Failed))
+	if _, err := d.commit(ctx, end.roles, "comparison", func(s *State, role string) error {
+		return d.t.rules.compared(s, role, end.number, end.left, c)
+	}); err != nil {
+		d.t.log.Error("writing down what a comparison has found; it is made again", zap.Error(err))
+	}
+}
+
+// forgetRequests drops those that are no more, and ends their comparisons.
+func (d *driver) forgetRequests(open map[uint64]bool) {
+	maps.DeleteFunc(d.requests, func(number uint64, mine *asking) bool {
+		if !open[number] && mine.cancel != nil {
+			mine.cancel()
+		}
+		return !open[number]
+	})
+}
