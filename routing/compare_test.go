@@ -87,6 +87,9 @@ func TestComparisonBeforeHold(t *testing.T) {
 		if row := f.Snapshot().Roles["ma01"]; !reflect.DeepEqual(row.Seen, Seen{}) {
 			t.Errorf("after the switch: %+v", row.Seen)
 		}
+		if h := f.Snapshot().History; h[len(h)-1].Compared != "1 differs" {
+			t.Errorf("the history does not say what was compared: %+v", h[len(h)-1])
+		}
 		f.stop()
 		g.stop()
 	})

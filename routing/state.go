@@ -128,6 +128,9 @@ type Switch struct {
 	Begun []Phase `json:"begun,omitempty"`
 	// Steps records when each phase was entered.
 	Steps []Step `json:"steps"`
+	// Compared is what the comparison before HOLD has found; empty if there was
+	// none.
+	Compared string `json:"compared,omitempty"`
 	// Runs are the hooks that have ended, in order.
 	Runs []HookRun `json:"runs,omitempty"`
 	// AbortWhy says why the switch is being aborted; empty while it is not.

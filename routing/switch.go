@@ -131,9 +131,13 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 		}
 		row.Epoch++
 		row.Phase = PhaseHold
+		compared := ""
+		if row.Request != nil && row.Request.Comparison != nil {
+			compared = row.Request.Comparison.Found
+		}
 		row.endComparison()
 		row.Request = nil
-		row.Switch = &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now,
+		row.Switch = &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now, Compared: compared,
 			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Steps: []Step{{PhaseHold, now}}}
 		s.Roles[role] = row
 	}

@@ -33,7 +33,52 @@ type hooks struct {
 	comparisons map[string]*comparison // by role
 }
 
-var _ routing.Hooks = (*hooks)(nil)
+var (
+	_ routing.Hooks    = (*hooks)(nil)
+	_ routing.Comparer = (*hooks)(nil)
+)
+
+// Compares says whether the site wants the members of a role compared.
+func (h *hooks) Compares(role string) bool { return h.comparisons[role] != nil }
+
+// A comparison while mail comes in goes over those again that lag. Some may be
+// left for HOLD, where nothing comes in and the catch_up program brings over
+// what lags; if too many are, replication itself is behind.
+const (
+	openRounds = 4
+	openPause  = time.Second
+)
+
+func mayLag(users int) int { return max(100, users/20) }
+
+// Compare compares the members while they are being used, without the site's
+// program.
+func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routing.Seen, found string, err error) {
+	c := h.comparisons[call.Roles[0]]
+	if call.From == "" {
+		return call.Seen, "not compared: nobody knows the old active", nil
+	}
+	users, err := c.users(ctx, call)
+	if err != nil {
+		return left, "", fmt.Errorf("list the users to compare: %w", err)
+	}
+	p := c.pursue(call.From, call.To, users)
+	for round := range openRounds {
+		if round > 0 {
+			pause(ctx, openPause)
+		}
+		if err = p.compare(ctx); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	switch {
+	case err == nil:
+		return left, p.report.String(), nil
+	case ctx.Err() != nil || p.untold || len(p.left) > mayLag(len(users)):
+		return left, "", fmt.Errorf("%w (%s)", err, p.report)
+	}
+	return routing.Seen{Users: p.left}, p.report.String() + ", to be compared again in HOLD", nil
+}
 
 // Run runs the site's program. In CATCH UP, where the first role wants it, both
 // members are compared behind that, by turns with it, until they are equal; or
@@ -73,7 +118,7 @@ func (h *hooks) Run(ctx context.Context, call routing.HookCall) (output string, 
 			c.log.Info("the members are not equal yet", zap.Uint64("switch", call.Number), zap.Error(err))
 			logged = said
 		}
-		pause(ctx)
+		pause(ctx, comparePause)
 	}
 }
 
@@ -81,8 +126,8 @@ func joined(some ...string) string {
 	return strings.Join(slices.DeleteFunc(some, func(s string) bool { return s == "" }), "\n")
 }
 
-func pause(ctx context.Context) {
-	timer := time.NewTimer(comparePause)
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
@@ -142,6 +187,7 @@ type pursuit struct {
 	left     []string
 	report   *catchup.Report // of all rounds
 	differed error           // what the last round said that came to its end
+	untold   bool            // the last round could not compare somebody
 }
 
 // pursue begins a comparison of users on two backends. What it knows of
@@ -162,9 +208,11 @@ func (c *comparison) pursue(from, to string, users []string) *pursuit {
 // one line; if ctx ends before all is done, what the last whole round found.
 func (p *pursuit) compare(ctx context.Context) error {
 	if p.missing != nil {
+		p.untold = true
 		return p.missing
 	}
 	round, failed := p.comparer.Compare(ctx, p.from, p.to, p.left)
+	p.untold = failed != nil
 	if failed == nil {
 		p.left = round.Unequal
 		round.Equal += p.report.Equal

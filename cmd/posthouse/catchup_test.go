@@ -123,6 +123,10 @@ func TestCatchUpGivesUp(t *testing.T) {
 	if _, err := h.Run(t.Context(), call); !errors.Is(err, routing.ErrTryAgain) {
 		t.Errorf("the program asks to be tried again: %v", err)
 	}
+	// Before HOLD the program does not run, and the switch is refused.
+	if _, _, err := h.Compare(t.Context(), call); err == nil || !strings.Contains(err.Error(), "could not be compared: u: connect to backend ") || !h.Compares("ma01") {
+		t.Errorf("before HOLD: %v", err)
+	}
 	// Another hook is the program's alone.
 	call.Hook = routing.HookDemote
 	h.programs.Roles["ma01"][routing.HookDemote] = []string{"/bin/echo", "demoted"}

@@ -170,6 +170,9 @@ func printSwitch(w io.Writer, rec routing.SwitchRecord, state string) {
 		steps = append(steps, text)
 	}
 	fmt.Fprintf(w, "   %s\n", strings.Join(steps, ", "))
+	if rec.Compared != "" {
+		fmt.Fprintf(w, "   compared before HOLD: %s\n", rec.Compared)
+	}
 	for _, run := range rec.Runs {
 		fmt.Fprintf(w, "   hook %s\n", run)
 	}

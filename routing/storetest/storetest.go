@@ -125,11 +125,12 @@ func full() *routing.State {
 		Begun: []routing.Phase{routing.PhaseDemote}, AbortWhy: "timeout",
 		Steps: []routing.Step{{Phase: routing.PhaseHold, At: at}}, Roles: []string{"ma01", "ma02"}, Hooks: []routing.Hook{routing.HookDemote},
 		Runs:  []routing.HookRun{{Hook: routing.HookDemote, Attempt: 1, Began: at, Took: time.Second, Output: "x\ny", Error: "exit status 1"}},
-		Stuck: "hook promote failed", Failover: true, AcceptLoss: true,
+		Stuck: "hook promote failed", Compared: "1 equal", Failover: true, AcceptLoss: true,
 	}
 	req := routing.Request{
 		Number: 8, To: "b", Who: "root", Why: "x", Asked: at, Roles: []string{"ma02"}, Hooks: []routing.Hook{routing.HookProve}, PlanOnly: true,
-		Reports: map[string]routing.Report{"f1": {Sessions: 3, Places: 4, Unreachable: "imap: refused"}},
+		Comparison: &routing.Comparison{Of: routing.Seen{Users: []string{"u"}}, Found: "x", Ended: at, Failed: true},
+		Reports:    map[string]routing.Report{"f1": {Sessions: 3, Places: 4, Unreachable: "imap: refused"}},
 	}
 	return &routing.State{
 		Roles: map[string]routing.Row{"ma01": {
