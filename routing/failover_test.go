@@ -172,4 +172,14 @@ func TestFailoverGoesWhereThePromotionBegan(t *testing.T) {
 	if err := r.failover(s, []string{"r"}, o, explorerTime); err != nil {
 		t.Errorf("to b: %v", err)
 	}
+	// What it promotes again is to be undone once, should it be aborted.
+	row := s.Roles["r"]
+	row.Switch.Hooks = []Hook{HookPromote, HookUndoPromote}
+	s.Roles["r"] = row
+	if err := errors.Join(r.ack(s, "f.1", "r", 5, handed{}), r.advance(s, "r", PhaseHold, explorerTime)); err != nil {
+		t.Fatal(err)
+	}
+	if begun := s.Roles["r"].Switch.Begun; !slices.Equal(begun, []Phase{PhasePromote}) {
+		t.Errorf("begun: %v", begun)
+	}
 }

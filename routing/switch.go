@@ -272,7 +272,9 @@ func (r rules) advance(s *State, role string, from Phase, now time.Time) error {
 		return err
 	}
 	row.Phase = next
-	row.Switch.Begun = append(row.Switch.Begun, next)
+	if !row.Switch.begun(next) { // by a switch that a failover has taken over
+		row.Switch.Begun = append(row.Switch.Begun, next)
+	}
 	row.Switch.Steps = append(row.Switch.Steps, Step{next, now})
 	s.Roles[role] = row
 	return nil

@@ -77,7 +77,7 @@ func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routin
 	case ctx.Err() != nil || p.untold || len(p.left) > mayLag(len(users)):
 		return left, "", fmt.Errorf("%w (%s)", err, p.report)
 	}
-	return routing.Seen{Users: p.left}, p.report.String() + ", to be compared again in HOLD", nil
+	return routing.Seen{Users: p.left}, p.report.String() + "; those are compared again in HOLD", nil
 }
 
 // Run runs the site's program. In CATCH UP, where the first role wants it, both
