@@ -16,7 +16,7 @@ import (
 func TestBenchSwitch(t *testing.T) {
 	const sessions, switches = 2000, 9
 	users := userNames(sessions)
-	a, b := newRecorder(t), newRecorder(t)
+	a, b := newRecorder(t, "a", nextHost(), nil), newRecorder(t, "b", nextHost(), nil)
 	s := newSite(t, a.backend(), b.backend(), users...).shared(newEtcd(t), "3s")
 	s.fast = true
 	frontends := []*posthouse{startFrontend(t, s), startFrontend(t, s), startFrontend(t, s)}

@@ -9,12 +9,17 @@ import (
 )
 
 // useHooks gives role ma01 the shipped hooks, driven by the frontend p asks.
-func (s *site) useHooks(h *hookSite) {
+func (s *site) useHooks(h *hookSite) { s.hooks = h.yaml() }
+
+// yaml is what makes the shipped hooks those of a role. before is put in front of
+// each command.
+func (h *hookSite) yaml(before ...string) string {
 	var hooks []string
 	for _, step := range []string{"demote", "catch_up", "promote", "undo_promote", "undo_demote"} {
-		hooks = append(hooks, fmt.Sprintf("%s: [%s, -c, %s, %s]", step, h.script, h.config, step))
+		command := slices.Concat(before, []string{h.script, "-c", h.config, step})
+		hooks = append(hooks, fmt.Sprintf("%s: [%s]", step, strings.Join(command, ", ")))
 	}
-	s.hooks = ", hooks: {" + strings.Join(hooks, ", ") + "}"
+	return ", hooks: {" + strings.Join(hooks, ", ") + "}"
 }
 
 // TestSwitchesOfAMirroredPair is the whole of it: three frontends on hosts of
