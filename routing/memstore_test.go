@@ -19,6 +19,7 @@ type memSite struct {
 	used    map[string]*memStore // every ID ever joined
 	driving chan struct{}        // capacity 1: full while somebody drives
 	broken  error                // if set, all calls fail with it
+	silent  bool                 // the next Update is done, and its answer gets lost
 	// onUpdate, if set, is called before each Update commits.
 	onUpdate func(old, now *State)
 }
@@ -104,6 +105,10 @@ func (s *memStore) Update(ctx context.Context, change func(*State) error) (*Stat
 	m.state = next
 	close(m.changed)
 	m.changed = make(chan struct{})
+	if m.silent {
+		m.silent = false
+		return nil, errors.New("whether it was done is not known")
+	}
 	return next, nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 func TestSafety09RegistrationLost(t *testing.T) {
@@ -30,6 +31,31 @@ func TestSafety09RegistrationLost(t *testing.T) {
 		g.mustSwitch(toB)
 		f.stop()
 		g.stop()
+	})
+}
+
+// The registration is done, and its answer gets lost: trying again completes it.
+func TestSafety09RegistrationUnanswered(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		first := f.ID()
+		s := h.site.get().Clone()
+		s.Revision++
+		delete(s.Frontends, first)
+		h.site.mu.Lock()
+		h.site.silent = true
+		h.site.mu.Unlock()
+		h.site.replace(s)
+		synctest.Wait()
+		time.Sleep(time.Minute)
+		registered := h.site.get().Frontends
+		if _, is := registered[f.ID()]; !is || f.ID() == first || len(registered) != 1 {
+			t.Fatalf("%s, before %s, is one of %v", f.ID(), first, sortedKeys(registered))
+		}
+		f.enter("alice").Leave(proven)
+		f.mustSwitch(toB)
+		f.stop()
 	})
 }
 

@@ -211,6 +211,9 @@ func (t *Table) enrol(ctx context.Context, id string, kept *State, inside map[st
 	}
 	now, boot := time.Now(), bootID()
 	fresh, err := t.opt.Store.Update(ctx, func(s *State) error {
+		if _, is := s.Frontends[id]; is {
+			return errNothing // by an earlier try whose answer got lost: nobody else joins as id
+		}
 		for _, other := range gone {
 			if err := t.rules.bury(s, other, now); err != nil && !errors.Is(err, errNothing) {
 				return err
@@ -225,6 +228,9 @@ func (t *Table) enrol(ctx context.Context, id string, kept *State, inside map[st
 		return t.rules.register(s, id, Frontend{Backends: sortedKeys(t.site.backends), BootID: boot, Since: now,
 			Floors: floorsOf(kept, s, inside)})
 	})
+	if errors.Is(err, errNothing) {
+		fresh, err = t.opt.Store.Load(ctx)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("registering frontend %s: %w", id, err)
 	}

@@ -27,7 +27,8 @@ import (
 // comparePause is the pause between two comparisons.
 const comparePause = 500 * time.Millisecond
 
-// hooks are the site's programs and, in CATCH UP, the built-in comparison.
+// hooks are the site's programs and, in CATCH UP and behind a rejoin, the
+// built-in comparison.
 type hooks struct {
 	programs    *hookrun.Runner
 	comparisons map[string]*comparison // by role
@@ -84,8 +85,16 @@ func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routin
 // members are compared behind that, by turns with it, until they are equal; or
 // until ctx ends: then the error names what differs, and so does the switch that
 // is aborted for it. With routing.ErrTryAgain, which only the program returns, the
-// switch would say that it took too long.
+// switch would say that it took too long. A member that rejoins is compared too,
+// with an active that is being used.
 func (h *hooks) Run(ctx context.Context, call routing.HookCall) (output string, err error) {
+	if call.Hook == routing.HookRejoin && len(call.Roles) == 1 && h.Compares(call.Roles[0]) {
+		if output, err = h.programs.Run(ctx, call); err != nil {
+			return output, err
+		}
+		_, found, err := h.Compare(ctx, call)
+		return joined(output, found), err
+	}
 	if call.Hook != routing.HookCatchUp || len(call.Roles) == 0 || h.comparisons[call.Roles[0]] == nil {
 		return h.programs.Run(ctx, call)
 	}

@@ -127,6 +127,12 @@ func TestCatchUpGivesUp(t *testing.T) {
 	if _, _, err := h.Compare(t.Context(), call); err == nil || !strings.Contains(err.Error(), "could not be compared: u: connect to backend ") || !h.Compares("ma01") {
 		t.Errorf("before HOLD: %v", err)
 	}
+	// That rejoin has ended well is not enough: it is a copy if it compares equal.
+	call.Hook = routing.HookRejoin
+	h.programs.Roles["ma01"][routing.HookRejoin] = []string{"/bin/echo", "rejoined"}
+	if output, err := h.Run(t.Context(), call); !strings.HasPrefix(output, "rejoined") || err == nil || !strings.Contains(err.Error(), "could not be compared") {
+		t.Errorf("rejoin: %q, %v", output, err)
+	}
 	// Another hook is the program's alone.
 	call.Hook = routing.HookDemote
 	h.programs.Roles["ma01"][routing.HookDemote] = []string{"/bin/echo", "demoted"}
