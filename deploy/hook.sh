@@ -11,6 +11,9 @@
 #	spent PID…     says whether these, all that is left of a server that was told
 #	               to end, have nothing to do with mail: they need not be waited for
 #	stopped        clears up behind a server that has ended
+#	unsent         prints what the instance, as master, had not sent its peer; it
+#	               may be unable to know
+#	settle         removes, after a rejoin, what only the stale instance has
 #	do_OP          one stage of a step on one backend, under the instance's lock
 #
 # Words: an *instance* is one mail server process tree; it carries the name of
@@ -42,7 +45,7 @@ check_config() {
 		case ${line%%=*} in
 		'' | '#'*) ;;
 		ssh | start | stop | ask | state | limit | catch_up_all | program | doveadm) ;;
-		*.host | *.dir | *.peer | *.roles | *.sync | *.mail) ;;
+		*.host | *.dir | *.peer | *.roles | *.sync | *.mail | *.off) ;;
 		*) fail "$config: unknown key: ${line%%=*}" ;;
 		esac
 	done <"$config"
@@ -87,7 +90,8 @@ members() {
 # tally_of STEP prints the place of a step in a switch.
 tally_of() {
 	case $1 in
-	prove) echo 1 ;; demote) echo 2 ;; catch_up) echo 3 ;; promote) echo 4 ;; undo_promote) echo 5 ;; undo_demote) echo 6 ;;
+	prove) echo 1 ;; demote | fence) echo 2 ;; catch_up) echo 3 ;; promote) echo 4 ;; undo_promote) echo 5 ;; undo_demote) echo 6 ;;
+	rejoin) echo 7 ;;
 	*) return 1 ;;
 	esac
 }
@@ -130,13 +134,21 @@ at() {
 	case $2 in [.-]*) fail "refused: no name" ;; esac
 	op=$1 name=$2 switch=$3 epoch=$4 attempt=$5 step=$6 role=$7 peer=$8
 	case $op:$step in
-	register:undo_demote | register:undo_promote | replica:demote | replica:promote | replica:undo_demote) ;;
+	register:undo_demote | register:undo_promote | register:fence | replica:demote | replica:promote | replica:undo_demote) ;;
+	fence:fence | serves:rejoin | rejoin:rejoin | resend:rejoin | list:rejoin | surplus:rejoin | prune:rejoin | compare:rejoin) ;;
 	prove:prove | demote:demote | catch_up:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
 	*) fail "refused: no step" ;;
 	esac
 	dir=$(setting "$name.dir")
 	[ -n "$dir" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
-	admit
+	# It comes with the number of the failover, which is over: whoever drove it.
+	[ "$step" != rejoin ] || attempt=999999999
+	case $op in
+	# They leave the instance as it is. It may have become the active by a later
+	# switch than that failover, and no switch waits until all is copied.
+	serves | list | prune | resend) ;;
+	*) admit ;;
+	esac
 	"do_$op"
 }
 
@@ -150,6 +162,15 @@ do_replica() {
 	*) restart_as replica ;;
 	esac
 }
+
+# do_fence ends the instance and leaves it so: what starts it next is a hook, or
+# its host, which asks the table.
+do_fence() {
+	stop_all
+	say "is stopped: no process of it is left"
+}
+
+do_serves() { [ "$(part)" = master ] || fail "is no master: there is nothing to copy"; }
 
 # remote serves one request of another host: authorized_keys has
 # command="…/posthouse-cyrus --remote".
@@ -171,9 +192,15 @@ on() {
 		"$0" -c "$config" --at "$@" <&8 9>&-
 		return
 	fi
+	# A host whose disk has died may answer and never end.
+	patience=
+	[ "$POSTHOUSE_STEP" != fence ] || patience="timeout --foreground -k 1 $limit"
 	set -f
-	# shellcheck disable=SC2046 # the command's words
-	$(setting ssh 'ssh -o BatchMode=yes -o ConnectTimeout=3') "$where" "$*" <&8
+	# shellcheck disable=SC2046,SC2086 # the command's words
+	$patience $(setting ssh 'ssh -o BatchMode=yes -o ConnectTimeout=3') "$where" "$*" <&8 || case $? in
+	124 | 137) return 255 ;;
+	*) return $? ;;
+	esac
 }
 
 # must NAME OP … is on, and the end of the hook where it fails.
@@ -184,6 +211,27 @@ must() {
 	255) later "$1: its host cannot be reached" ;;
 	*) exit 1 ;;
 	esac
+}
+
+# fence proves that the old master is off: by its host, which has ended every
+# process, or by the site's command, which has cut the host's power.
+fence() {
+	must "$to" register "$from" # nobody is stopped for a peer that is not there, or late
+	on "$from" fence "$to" && return
+	case $? in
+	255) why="its host cannot be reached, which proves nothing: it may be at work" ;;
+	75) why="its host does not get it to end" ;;
+	*) exit 1 ;;
+	esac
+	if [ -z "$(setting "$from.off")" ]; then
+		fail "$from: $why. Add $from.off=COMMAND to $config: it has to cut the host's power (IPMI, hypervisor, switched outlet)" \
+			"and to exit with 0 once it is off. Or make sure by hand, then: posthouse failover $POSTHOUSE_ROLE --to $to --accept-loss"
+	fi
+	say "$from: $why: cutting its power"
+	must "$to" register "$from" # that has taken time: a newer call may have come
+	name=$from
+	command_for "$from.off" || fail "$from.off ended with $?: no proof that it is off"
+	say "is off, by $from.off"
 }
 
 # users_seen prints what catch_up reads: "some" and the users, or "all".
@@ -214,6 +262,14 @@ hook() {
 		return
 	fi
 	case $1 in
+	fence) fence ;;
+	rejoin)
+		must "$from" serves "$to"
+		must "$to" rejoin "$from"
+		settle
+		must "$from" resend "$to"
+		must "$to" compare "$from"
+		;;
 	prove) must "$from" prove "$to" ;;
 	demote)
 		# Nobody's server is stopped for a peer that cannot take over.
@@ -235,7 +291,12 @@ hook() {
 	undo_promote)
 		# What was begun may be on its way still. Whoever registers here waits
 		# for it, and nothing older gets in afterwards.
-		[ -z "$from" ] || must "$from" register "$to"
+		# A dead host lets nothing in.
+		[ -z "$from" ] || on "$from" register "$to" || case $? in
+		255) say "$from: its host cannot be reached: going on without it" ;;
+		75) exit 75 ;;
+		*) exit 1 ;;
+		esac
 		must "$to" undo_promote "$from"
 		;;
 	undo_demote)
@@ -301,7 +362,9 @@ stop_all() {
 }
 
 # part_of_this_start decides what an instance that starts is: what the hook that
-# starts it says, else what the role table says, else replica.
+# starts it says, else what the role table says, else replica. But what died as
+# master with mail that its peer lacks may have been left behind by a failover:
+# its peer would write over that mail before a rejoin has kept it.
 part_of_this_start() {
 	if [ -s "$state/$name.ticket" ]; then
 		read -r boot until part <"$state/$name.ticket"
@@ -312,7 +375,13 @@ part_of_this_start() {
 			return
 		fi
 	fi
-	if is_active; then echo master; else echo replica; fi
+	if is_active; then
+		echo master
+	elif [ -n "$(unsent)" ]; then
+		echo none
+	else
+		echo replica
+	fi
 }
 
 # is_active asks the role table whether this backend serves all its roles,
@@ -349,7 +418,7 @@ main() {
 		;;
 	esac
 	case ${1-} in
-	prove | demote | catch_up | promote | undo_promote | undo_demote) hook "$1" ;;
+	prove | demote | catch_up | promote | undo_promote | undo_demote | fence | rejoin) hook "$1" ;;
 	--remote) remote ;;
 	--at)
 		shift
@@ -367,10 +436,15 @@ main() {
 		name=$2
 		dir=$(setting "$name.dir")
 		part=$(part_of_this_start)
+		if [ "$part" = none ]; then
+			say "does not start: by the role table it is not the active, and it has" $(unsent) "that it had not sent." \
+				"\`posthouse rejoin\` starts it; or start it again when the table says that it is the active"
+			exit 0
+		fi
 		say "starts as $part"
 		umask 022 # the server has its own opinion
 		run_as "$part"
 		;;
-	*) fail "usage: ${0##*/} [-c FILE] prove|demote|catch_up|promote|undo_promote|undo_demote | run NAME | --remote" ;;
+	*) fail "usage: ${0##*/} [-c FILE] prove|demote|catch_up|promote|undo_promote|undo_demote|fence|rejoin | run NAME | --remote" ;;
 	esac
 }
