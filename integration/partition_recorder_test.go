@@ -50,8 +50,8 @@ type caller struct {
 	since time.Time
 	last  time.Time // when the newest complete command had come
 	half  bool      // inside a command
-	rcpts []string // users of the LMTP transaction
-	ended bool     // by a hook: it has no effects any more
+	rcpts []string  // users of the LMTP transaction
+	ended bool      // by a hook: it has no effects any more
 }
 
 // hookCall orders the hooks of a role: a lower one is late.
