@@ -313,19 +313,6 @@ func (r *recorder) serveHooks(t testing.TB) {
 	go server.Serve(l)
 }
 
-// sessions is how many users' sessions there are.
-func (r *recorder) sessions() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	n := 0
-	for c := range r.callers {
-		if c.user != "" {
-			n++
-		}
-	}
-	return n
-}
-
 // records is all that has happened, those included who are still there.
 func (r *recorder) records() (visits, mail []recorded) {
 	r.mu.Lock()
@@ -389,21 +376,6 @@ func crossings(all []recorded, who func(user string) string) map[string]int {
 
 // itself is who, where each user counts alone.
 func itself(user string) string { return user }
-
-// mustNeverBeOnBoth compares two recorders: no user's sessions on one overlap
-// with those on the other.
-func mustNeverBeOnBoth(t testing.TB, a, b *recorder) {
-	t.Helper()
-	onA, _ := a.records()
-	onB, _ := b.records()
-	both := onBoth(slices.Concat(onA, onB), itself)
-	if len(both) > 0 {
-		t.Errorf("%d times on both: %s", len(both), strings.Join(both[:min(5, len(both))], "\n"))
-	}
-	if len(onA) == 0 || len(onB) == 0 {
-		t.Error("nobody was on one of them")
-	}
-}
 
 // TestRecordersVerdict shows that the judgement can be other than "fine".
 func TestRecordersVerdict(t *testing.T) {
