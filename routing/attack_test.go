@@ -1,0 +1,81 @@
+package routing
+
+import (
+	"context"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// lateStore keeps a commit on its way for as long as late says.
+type lateStore struct {
+	*memStore
+	late func(old, now *State) <-chan struct{}
+}
+
+func (s *lateStore) Update(ctx context.Context, change func(*State) error) (*State, error) {
+	old := s.site.get()
+	now := old.Clone()
+	if change(now) == nil {
+		if wait := s.late(old, now); wait != nil {
+			<-wait
+		}
+	}
+	return s.memStore.Update(ctx, change)
+}
+
+// A driver's step out of DEMOTE is long on its way. Meanwhile another drives, and
+// a failover has taken over: it is in DEMOTE too, but its fence hook has not
+// proven anything yet.
+func TestALateStepIsForItsOwnSwitch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		arrives := make(chan struct{})
+		l := &hookLog{site: h.site, slow: map[Hook]time.Duration{HookFence: 5 * time.Second}}
+		c := h.opt.Roles["ma01"]
+		c.Hooks, c.Scope = []Hook{HookDemote, HookPromote, HookUndoDemote, HookFence}, ScopeRole
+		h.opt.Roles["ma01"], h.opt.Hooks = c, l
+		h.site.observe(func(old, now *State) {
+			was, is := old.Roles["ma01"], now.Roles["ma01"]
+			fenced := was.Switch != nil && slices.ContainsFunc(was.Switch.Runs, func(r HookRun) bool { return r.Hook == HookFence })
+			if was.Switch != nil && was.Switch.Failover && was.Phase == PhaseDemote && is.Phase == PhasePromote && !fenced {
+				t.Error("b is promoted and nothing proves that a is off")
+			}
+		})
+		opt := h.opt
+		opt.ID, opt.Directory, opt.Local = NewID("f"), h.dir, h.local
+		store := &lateStore{memStore: h.site.open(), late: func(old, now *State) <-chan struct{} {
+			if old.Roles["ma01"].Phase == PhaseDemote && now.Roles["ma01"].Phase == PhasePromote && now.Roles["ma01"].Switch.Number == 1 {
+				return arrives
+			}
+			return nil
+		}}
+		opt.Store = store
+		table, err := Start(t.Context(), opt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := &process{h, table, store.memStore}
+		g := h.start("g")
+		taken := f.goSwitch(toB)
+		synctest.Wait()
+		<-h.site.driving // f does not know yet that it has lost the election
+		done := make(chan error, 1)
+		go func() { done <- g.failover(false, "b") }()
+		time.Sleep(time.Second)
+		if row := g.Snapshot().Roles["ma01"]; row.Phase != PhaseDemote || !row.Switch.Failover {
+			t.Fatalf("%+v", row)
+		}
+		close(arrives)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if err := <-taken; err == nil {
+			t.Error("the switch that was taken over has succeeded")
+		}
+		g.stop()
+		h.site.driving <- struct{}{}
+		f.stop()
+	})
+}
