@@ -79,3 +79,51 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 		f.stop()
 	})
 }
+
+// withThird makes c a third backend, and ma01 a role whose members are compared.
+func (h *host) withThird(l *compareLog, members ...string) {
+	h.opt.Backends["c"] = map[string]string{"imap": "10.0.0.13:143"}
+	l.site = h.site
+	l.do = map[Hook]func(HookCall){HookCatchUp: func(c HookCall) { l.inHold = append(l.inHold, c.Seen) }}
+	c := h.opt.Roles["ma01"]
+	c.Members, c.Hooks, c.Scope = members, []Hook{HookDemote, HookCatchUp}, ScopeRole
+	h.opt.Roles["ma01"], h.opt.Hooks = c, l
+}
+
+var toC = SwitchRequest{Role: "ma01", To: "c", Who: "test", Why: "test"}
+
+// Nobody has ever looked at a member that is new.
+func TestANewMemberIsComparedWhole(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := newHost(t), &compareLog{}
+		h.withThird(l, "a", "b")
+		f := h.start("f")
+		f.mustSwitch(toB)
+		f.stop()
+		h.withThird(l, "a", "b", "c")
+		l.of = nil
+		f = h.start("f")
+		f.mustSwitch(toC)
+		mustSeen(t, "before HOLD", l.of, Seen{All: true})
+		f.stop()
+	})
+}
+
+// Safety 30: a frontend that has another address for a new member than the table
+// would let its users in to another server.
+func TestSafety30AddressThatChangedBeforeTheRoleCame(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.opt.Backends["c"] = map[string]string{"imap": "10.0.0.13:143"}
+		f := h.start("f")
+		h.opt.Backends["c"] = map[string]string{"imap": "10.0.0.99:143"}
+		h.opt.Roles["ma01"] = RoleConfig{Members: []string{"a", "b", "c"}}
+		g := h.start("g")
+		g.mustFail(toC, "frontend "+f.ID()+" has no backend c")
+		f.stop()
+		f = h.start("f")
+		g.mustSwitch(toC)
+		f.stop()
+		g.stop()
+	})
+}
