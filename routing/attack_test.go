@@ -92,6 +92,22 @@ func (h *host) withThird(l *compareLog, members ...string) {
 
 var toC = SwitchRequest{Role: "ma01", To: "c", Who: "test", Why: "test"}
 
+// That a and c are equal says nothing of b.
+func TestAComparisonIsOfTwoMembers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := newHost(t), &compareLog{}
+		h.withThird(l, "a", "b", "c")
+		f := h.start("f")
+		if p, err := f.Plan(t.Context(), toC); err != nil || p.Refused != "" {
+			t.Errorf("%+v, %v", p, err)
+		}
+		l.of = nil
+		f.mustSwitch(toB)
+		mustSeen(t, "before HOLD", l.of, Seen{All: true})
+		f.stop()
+	})
+}
+
 // Nobody has ever looked at a member that is new.
 func TestANewMemberIsComparedWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -105,6 +121,27 @@ func TestANewMemberIsComparedWhole(t *testing.T) {
 		f = h.start("f")
 		f.mustSwitch(toC)
 		mustSeen(t, "before HOLD", l.of, Seen{All: true})
+		f.stop()
+	})
+}
+
+// Work that is taken to have ended while a comparison goes on may have changed
+// something behind it.
+func TestAResidueThatAgesDuringAComparison(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := newHost(t), &compareLog{}
+		h.opt.ResidueMaxAge = 15 * time.Minute
+		h.withThird(l, "a", "b")
+		f := h.start("f")
+		f.mustSwitch(toB)
+		f.enter("alice").Leave(End{Why: "reset"})
+		l.inHold = nil
+		l.compare = func(ctx context.Context, _ HookCall) (Seen, string, error) {
+			pause(ctx, 30*time.Minute)
+			return Seen{}, "all equal", ctx.Err()
+		}
+		f.mustSwitch(toA)
+		mustSeen(t, "in HOLD", l.inHold, users("alice"))
 		f.stop()
 	})
 }
@@ -125,5 +162,37 @@ func TestSafety30AddressThatChangedBeforeTheRoleCame(t *testing.T) {
 		g.mustSwitch(toC)
 		f.stop()
 		g.stop()
+	})
+}
+
+// Safety 21: a role that opens on a backend while a switch is compared for is
+// not restarted under its users.
+func TestSafety21RoleThatCameSinceTheRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := newHost(t), &compareLog{}
+		l.site = h.site
+		members := []string{"a", "b"}
+		h.opt.Roles = map[string]RoleConfig{
+			"ma01": {Members: members, Active: "a", Hooks: []Hook{HookDemote, HookCatchUp}},
+			"ma03": {Members: members},
+		}
+		h.opt.Hooks = l
+		f := h.start("f")
+		l.compare = func(ctx context.Context, _ HookCall) (Seen, string, error) {
+			if _, err := f.InitRole(ctx, "ma03", "a", "root"); err != nil {
+				t.Error(err)
+			}
+			return Seen{}, "all equal", nil
+		}
+		f.mustFail(toB, "ma03")
+		if len(l.ran) > 0 {
+			t.Errorf("hooks %v ran under ma03's users", l.ran)
+		}
+		l.compare = nil
+		f.mustSwitch(toB)
+		if row := f.Snapshot().Roles["ma03"]; row.Active != "b" {
+			t.Errorf("%+v", row)
+		}
+		f.stop()
 	})
 }
