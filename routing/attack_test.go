@@ -2,6 +2,8 @@ package routing
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -142,6 +144,34 @@ func TestAResidueThatAgesDuringAComparison(t *testing.T) {
 		}
 		f.mustSwitch(toA)
 		mustSeen(t, "in HOLD", l.inHold, users("alice"))
+		f.stop()
+	})
+}
+
+// A backend hangs under thousands of sessions: what they leave fits into the
+// store, else there would be no ack, and no failover.
+func TestResiduesAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		const sessions = 3 * mostResidues
+		for n := range sessions {
+			name := fmt.Sprintf("user%06d@example.org", n)
+			h.dir.set(name, Entry{User: name, Role: "ma01"})
+		}
+		f := h.start("f")
+		for n := range sessions {
+			f.enter(fmt.Sprintf("user%06d@example.org", n)).Leave(End{Why: "a did not answer within the drain timeout"})
+		}
+		f.mustFail(toB, "work of an unknown user may still run on a", "did not answer")
+		row := h.site.get().Roles["ma01"]
+		if raw, err := json.Marshal(row.Residues); err != nil || len(raw) > 200<<10 || len(row.Residues) == 0 {
+			t.Errorf("%d residues take %d bytes: %v", len(row.Residues), len(raw), err)
+		}
+		row.take(handed{residues: []Residue{{Backend: "b", User: "u"}}})
+		if n := len(row.Residues); n != 2 {
+			t.Errorf("%d residues, want that of b too", n)
+		}
+		f.mustSwitch(clean(toB))
 		f.stop()
 	})
 }
