@@ -3,8 +3,10 @@ package routing
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -192,6 +194,78 @@ func TestSafety30AddressThatChangedBeforeTheRoleCame(t *testing.T) {
 		g.mustSwitch(toC)
 		f.stop()
 		g.stop()
+	})
+}
+
+// A rejoin overwrites a member: never by what a frontend believes that is cut off,
+// and never the active.
+func TestRejoinAsksTheStoreFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		var attempts []int
+		l := &hookLog{}
+		l.do = map[Hook]func(HookCall){HookRejoin: func(c HookCall) { attempts = append(attempts, c.Attempt) }}
+		f := h.startWith(l, HookRejoin)
+		if err := f.failover(true, "b"); err != nil {
+			t.Fatal(err)
+		}
+		rejoins := func() error {
+			_, err := f.Rejoin(t.Context(), "ma01", "a")
+			return err
+		}
+		h.site.fail(errors.New("no quorum"))
+		if err := rejoins(); err == nil || len(attempts) > 0 {
+			t.Errorf("%v, attempts %v", err, attempts)
+		}
+		h.site.fail(nil)
+		l.fail = map[Hook]error{HookRejoin: errors.New("exit status 1")}
+		if rejoins() == nil {
+			t.Error("a rejoin that failed counts")
+		}
+		l.fail = nil
+		if err := rejoins(); err != nil || !slices.Equal(attempts, []int{1, 2}) {
+			t.Errorf("%v, attempts %v", err, attempts)
+		}
+		f.stop()
+		s := emptyState()
+		s.Roles["r"] = Row{Members: []string{"a", "b"}, Active: "b", Phase: PhaseOpen, Stale: map[string]Stale{"b": {Number: 1}}}
+		if _, err := (rules{}).rejoining(s, "r", "b"); !errors.Is(err, ErrConflict) {
+			t.Errorf("the active rejoins: %v", err)
+		}
+	})
+}
+
+// A failover takes over a switch of one of its roles, and is aborted before it
+// has begun anything itself: what that one has begun is undone.
+func TestFailoverOfRolesThatStandDifferently(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{site: h.site, slow: map[Hook]time.Duration{HookDemote: 10 * time.Second}}
+		members := []string{"a", "b"}
+		h.opt.Roles = map[string]RoleConfig{
+			"ma01": {Members: members, Active: "a", Hooks: []Hook{HookDemote, HookUndoDemote, HookPromote}, Scope: ScopeRole},
+			"ma02": {Members: members, Active: "a", Hooks: []Hook{HookFence, HookUndoDemote, HookPromote}},
+		}
+		h.opt.Hooks = l
+		f := h.start("f")
+		f.goSwitch(toB)
+		time.Sleep(time.Second)
+		stay := f.enter("carol")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		if _, err := f.Failover(ctx, FailoverRequest{Role: "ma02", To: "b"}, nil); err == nil || !strings.Contains(err.Error(), "was aborted") {
+			t.Errorf("while carol was on a: %v", err)
+		}
+		stay.Leave(proven)
+		if want := []Hook{HookDemote, HookUndoDemote}; !slices.Equal(l.ran, want) {
+			t.Errorf("hooks %v, want %v", l.ran, want)
+		}
+		for role, row := range f.Snapshot().Roles {
+			if row.Phase != PhaseOpen || row.Active != "a" {
+				t.Errorf("%s: %+v", role, row)
+			}
+		}
+		f.stop()
 	})
 }
 
