@@ -51,7 +51,9 @@ func (r rules) compare(s *State, role string, number uint64) error {
 	}
 	row.endComparison() // of a driver that is no more
 	q.Comparison = &Comparison{Of: row.Seen}
-	row.Request, row.Seen = &q, Seen{}
+	// What may run on unseen may do so behind the comparison, and be taken to
+	// have ended before that is over.
+	row.Request, row.Seen = &q, seenIn(row.Residues)
 	s.Roles[role] = row
 	return nil
 }
@@ -67,21 +69,26 @@ func (r rules) compared(s *State, role string, number uint64, left Seen, c Compa
 	if q.Comparison == nil || q.Comparison.Found != "" {
 		return fmt.Errorf("%w: role %s: switch %d compares nothing now", ErrConflict, role, number)
 	}
-	for _, res := range row.Residues {
-		if res.User == "" {
-			left = Seen{All: true}
-		} else {
-			left = left.merge(Seen{Users: []string{res.User}})
-		}
-	}
 	if c.Failed {
 		row.endComparison()
 	}
-	row.Seen = row.Seen.merge(left)
+	row.Seen = row.Seen.merge(left).merge(seenIn(row.Residues))
 	q.Comparison = &c
 	row.Request = &q
 	s.Roles[role] = row
 	return nil
+}
+
+// seenIn are the users of residues.
+func seenIn(residues []Residue) Seen {
+	var seen Seen
+	for _, res := range residues {
+		if res.User == "" {
+			return Seen{All: true}
+		}
+		seen.Users = append(seen.Users, res.User)
+	}
+	return seen.merge(Seen{})
 }
 
 // endComparison puts those back whose comparison did not come to its end.

@@ -274,14 +274,14 @@ func (d *driver) stepSwitch(ctx context.Context, s *State, roles []string, row R
 	do, why := decide(s, *mine, left <= 0, d.agesOut(s, mine, left))
 	switch do {
 	case moveAdvance:
-		return d.commit(ctx, roles, "the next phase", func(s *State, role string) error { return t.rules.advance(s, role, row.Phase, now) })
+		return d.commitStep(ctx, mine, "the next phase", func(s *State, role string) error { return t.rules.advance(s, role, row.Phase, now) })
 	case moveAbort:
 		mine.failed = ""
-		return d.commit(ctx, roles, "aborting", func(s *State, role string) error { return t.rules.abort(s, role, why, now) })
+		return d.commitStep(ctx, mine, "aborting", func(s *State, role string) error { return t.rules.abort(s, role, why, now) })
 	case moveUndone:
-		return d.commit(ctx, roles, "undoing", func(s *State, role string) error { return t.rules.undone(s, role, Phase(why)) })
+		return d.commitStep(ctx, mine, "undoing", func(s *State, role string) error { return t.rules.undone(s, role, Phase(why)) })
 	case moveReopen:
-		return d.commit(ctx, roles, "reopening", func(s *State, role string) error { return t.rules.reopen(s, role, now) })
+		return d.commitStep(ctx, mine, "reopening", func(s *State, role string) error { return t.rules.reopen(s, role, now) })
 	case moveRun, moveUndo:
 		d.runHook(ctx, s, Hook(why), row, mine, left)
 	}
@@ -296,6 +296,17 @@ func (d *driver) left(mine *driving, row Row, now time.Time) time.Duration {
 		left -= d.t.opt.UndoReserve
 	}
 	return left
+}
+
+// commitStep is commit for one switch only: a step that was long on its way may
+// find another in the same phase.
+func (d *driver) commitStep(ctx context.Context, mine *driving, what string, rule func(s *State, role string) error) (bool, error) {
+	return d.commit(ctx, mine.roles, what, func(s *State, role string) error {
+		if _, err := s.inSwitch(role, mine.number); err != nil {
+			return err
+		}
+		return rule(s, role)
+	})
 }
 
 // commit writes one step for all the roles. A refusal means that the snapshot is

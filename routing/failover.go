@@ -36,6 +36,14 @@ func (t *Table) Failover(ctx context.Context, req FailoverRequest, progress func
 // failover holds roles whose active is dead.
 func (r rules) failover(s *State, roles []string, o order, now time.Time) error {
 	s.Switches++
+	// What was begun for one role was begun on the backend of all: it is undone
+	// for all.
+	var begun []Phase
+	for _, role := range roles {
+		if old := s.Roles[role].Switch; old != nil && len(old.Begun) > len(begun) {
+			begun = old.Begun
+		}
+	}
 	for _, role := range roles {
 		row, err := s.row(role)
 		if err != nil {
@@ -47,12 +55,10 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 		}
 		row.endComparison()
 		row.Request = nil
-		var begun []Phase
 		if old := row.Switch; old != nil {
 			rec := SwitchRecord{Switch: *old, Role: role, From: row.Active, Epoch: row.Epoch, Ended: now}
 			rec.AbortWhy = fmt.Sprintf("failover %d takes over in phase %s", s.Switches, row.Phase)
 			s.record(rec)
-			begun = old.Begun
 		} else {
 			row.Epoch++
 		}
@@ -93,30 +99,56 @@ func guardNamed(name string) guard {
 // does it (with the active as From and the member as To), then the member is
 // stale no more. It blocks until the hook has ended, and may be repeated.
 func (t *Table) Rejoin(ctx context.Context, role, member string) (output string, err error) {
-	row, err := t.Snapshot().row(role)
+	var row Row
+	// The hook overwrites the member: not by what this frontend believes, which
+	// may be cut off.
+	s, err := t.opt.Store.Update(ctx, func(s *State) (err error) {
+		if row, err = t.rules.rejoining(s, role, member); err != nil {
+			return err
+		}
+		if !slices.Contains(t.opt.Roles[role].Hooks, HookRejoin) || t.opt.Hooks == nil {
+			return fmt.Errorf("%w: role %s has no rejoin hook: %s cannot be proven to be a copy of %s", ErrConflict, role, member, row.Active)
+		}
+		return nil
+	})
 	if err != nil {
 		return "", err
 	}
-	stale, ok := row.Stale[member]
-	switch {
-	case !ok:
-		return "", fmt.Errorf("%w: role %s: %s is not stale: see `posthouse roles`", ErrConflict, role, member)
-	case row.Phase != PhaseOpen:
-		return "", fmt.Errorf("%w: role %s is in phase %s: try again when it is open", ErrConflict, role, row.Phase)
-	case !slices.Contains(t.opt.Roles[role].Hooks, HookRejoin) || t.opt.Hooks == nil:
-		return "", fmt.Errorf("%w: role %s has no rejoin hook: %s cannot be proven to be a copy of %s", ErrConflict, role, member, row.Active)
-	}
+	t.install(s, false)
+	stale := row.Stale[member]
 	output, err = t.opt.Hooks.Run(ctx, HookCall{Hook: HookRejoin, Roles: []string{role}, From: row.Active, To: member,
-		Number: stale.Number, Epoch: row.Epoch, Attempt: 1, Seen: Seen{All: true}})
+		Number: stale.Number, Epoch: row.Epoch, Attempt: stale.Attempt, Seen: Seen{All: true}})
 	if err != nil {
 		return output, fmt.Errorf("hook rejoin: %w", err)
 	}
-	s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.rejoin(s, role, member, row.Active, stale.Number) })
+	s, err = t.opt.Store.Update(ctx, func(s *State) error { return t.rules.rejoin(s, role, member, row.Active, stale.Number) })
 	if err != nil {
 		return output, fmt.Errorf("role %s: %s has rejoined and is still marked as stale, run it again: %w", role, member, err)
 	}
 	t.install(s, false)
 	return output, nil
+}
+
+// rejoining counts a rejoin that is about to begin, and returns the row.
+func (r rules) rejoining(s *State, role, member string) (Row, error) {
+	row, err := s.row(role)
+	if err != nil {
+		return Row{}, err
+	}
+	stale, ok := row.Stale[member]
+	switch {
+	case !ok:
+		return Row{}, fmt.Errorf("%w: role %s: %s is not stale: see `posthouse roles`", ErrConflict, role, member)
+	case row.Phase != PhaseOpen:
+		return Row{}, fmt.Errorf("%w: role %s is in phase %s: try again when it is open", ErrConflict, role, row.Phase)
+	case row.Active == member:
+		return Row{}, fmt.Errorf("%w: role %s: %s serves it: there is nobody whose copy it could be", ErrConflict, role, member)
+	}
+	stale.Attempt++
+	row.Stale = maps.Clone(row.Stale)
+	row.Stale[member] = stale
+	s.Roles[role] = row
+	return row, r.check(change{s: s, role: role, row: row}, []guard{inNoDoubt})
 }
 
 // rejoin takes a member's stale mark away, if it is a copy of what is active

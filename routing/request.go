@@ -119,12 +119,21 @@ func (r rules) report(s *State, id, role string, number uint64, report Report, h
 }
 
 // start holds the roles of a request.
-func (r rules) start(s *State, role string, number uint64, now time.Time) error {
+// They must be still those that are switched together, by the scope of the hooks.
+func (r rules) start(s *State, role string, number uint64, scope Scope, now time.Time) error {
 	row, err := s.requested(role, number)
 	if err != nil {
 		return err
 	}
 	q := *row.Request
+	roles, err := r.group(s, role, q.To, RoleConfig{Hooks: q.Hooks, Scope: scope})
+	if err != nil {
+		return err
+	}
+	if !slices.Equal(roles, q.Roles) {
+		return fmt.Errorf("%w: role %s: %s serves roles %s now, and when the switch was asked for those to be switched were %s: ask again",
+			ErrConflict, role, row.Active, listed(roles), listed(q.Roles))
+	}
 	o := order{number: number, to: q.To, who: q.Who, why: q.Why, hooks: q.Hooks}
 	return r.hold(s, q.Roles, o, now)
 }
@@ -147,6 +156,9 @@ func (r rules) refuse(s *State, role string, number uint64, why string, now time
 				Switch: Switch{Number: number, To: q.To, Who: q.Who, Why: q.Why, Started: q.Asked, Roles: q.Roles, Hooks: q.Hooks, AbortWhy: why}})
 		}
 		row.endComparison()
+		if q.Comparison != nil && len(row.Members) > 2 {
+			row.Seen = Seen{All: true} // it says nothing of the third member
+		}
 		row.Request = nil
 		s.Roles[role] = row
 	}
@@ -257,6 +269,7 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 		mine = &asking{since: now}
 		d.requests[q.Number] = mine
 	}
+	scope := t.opt.Roles[role].Scope
 	why, mayPass := s.obstacle(row)
 	expected := q.Asked
 	if q.Comparison != nil && q.Comparison.Ended.After(expected) {
@@ -274,12 +287,12 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 	case now.Sub(expected) > requestKept:
 		why = "it was asked for at " + q.Asked.UTC().Format(time.DateTime) + " and could not begin: ask again"
 	case why == "":
-		did, err := d.commitAll(ctx, role+": holding", func(s *State) error { return t.rules.start(s, role, q.Number, now) })
+		did, err := d.commitAll(ctx, role+": holding", func(s *State) error { return t.rules.start(s, role, q.Number, scope, now) })
 		if did || err != nil {
 			return did, err
 		}
 		why = "the role table does not allow it any more" // hold says why, and the debug log
-		if err := t.rules.start(t.Snapshot().Clone(), role, q.Number, now); err != nil {
+		if err := t.rules.start(t.Snapshot().Clone(), role, q.Number, scope, now); err != nil {
 			why = err.Error()
 		}
 	case mayPass && now.Sub(mine.since) < min(preflightTimeout, t.opt.SwitchBudget):

@@ -87,6 +87,7 @@ func (r rules) reconcile(s *State, c siteConfig) error {
 				return fmt.Errorf("%w: backend %s has addresses %v here and %v in the table, and serves role %s: give the new address a new backend name",
 					ErrConflict, name, mine, theirs, role)
 			}
+			s.forgetBackend(name)
 		}
 		s.Backends[name] = maps.Clone(mine)
 	}
@@ -129,6 +130,9 @@ func (r rules) setMembers(s *State, role string, members []string) error {
 	case row.Active != "" && !slices.Contains(members, row.Active):
 		return fmt.Errorf("%w: role %s: its active %s is not one of the members %v: add it, or switch the role first", ErrConflict, role, row.Active, members)
 	}
+	if slices.ContainsFunc(members, func(m string) bool { return !slices.Contains(row.Members, m) }) {
+		row.Seen = Seen{All: true} // nobody has looked at the new one
+	}
 	row.Members = members
 	s.Roles[role] = row
 	return nil
@@ -145,6 +149,15 @@ func (s *State) roleWith(backend string) string {
 		}
 	}
 	return ""
+}
+
+// forgetBackend notes that the registered frontends do not know a backend: the
+// one that they know by its name has another address.
+func (s *State) forgetBackend(name string) {
+	for id, f := range s.Frontends {
+		f.Backends = slices.DeleteFunc(f.Backends, func(b string) bool { return b == name })
+		s.Frontends[id] = f
+	}
 }
 
 // goodbye ends a registration: nobody is inside any more. hands are by role.

@@ -202,8 +202,13 @@ func residueText(role string, rest []Residue) string {
 	return b.String()
 }
 
+// mostResidues bounds those of a role on one backend, which have to fit into the
+// store with an ack: a backend that hangs leaves one for each of its users.
+const mostResidues = 500
+
 // mergeResidues adds new ones; equal (backend, user) become one. It keeps the
-// later Since, because age counts from the last that may have begun.
+// later Since, because age counts from the last that may have begun. Where there
+// are too many they become one of an unknown user.
 func mergeResidues(old, add []Residue) []Residue {
 	out := slices.Clone(old)
 	type key struct{ backend, user string }
@@ -222,7 +227,28 @@ func mergeResidues(old, add []Residue) []Residue {
 		at[k] = len(out)
 		out = append(out, r)
 	}
-	return out
+	return boundResidues(out)
+}
+
+func boundResidues(list []Residue) []Residue {
+	count, last := make(map[string]int), make(map[string]Residue)
+	for _, r := range list {
+		if count[r.Backend]++; count[r.Backend] == 1 || r.Since.After(last[r.Backend].Since) {
+			last[r.Backend] = r
+		}
+	}
+	for backend, n := range count {
+		if n <= mostResidues {
+			continue
+		}
+		list = slices.DeleteFunc(list, func(r Residue) bool { return r.Backend == backend })
+		all := last[backend]
+		if all.User != "" {
+			all.User, all.Why = "", fmt.Sprintf("there were %d, the last: %s", n, all.Why)
+		}
+		list = append(list, all)
+	}
+	return list
 }
 
 func sortedKeys[V any](m map[string]V) []string {

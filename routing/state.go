@@ -83,6 +83,8 @@ type Row struct {
 type Stale struct {
 	Number uint64    `json:"number"` // of the failover
 	Since  time.Time `json:"since"`
+	// Attempt counts the rejoins that were begun.
+	Attempt int `json:"attempt,omitempty"`
 }
 
 // Seen is a set of users.

@@ -397,7 +397,7 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 		if row.Stale == nil {
 			row.Stale = make(map[string]Stale)
 		}
-		row.Stale[rec.From] = Stale{rec.Number, now}
+		row.Stale[rec.From] = Stale{Number: rec.Number, Since: now}
 		row.Residues = slices.DeleteFunc(row.Residues, func(res Residue) bool { return res.Backend == rec.From && rec.AcceptLoss })
 	}
 	s.Roles[role] = row
