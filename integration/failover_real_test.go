@@ -196,7 +196,7 @@ func (p *posthouse) mustHaveMerged(t *testing.T) {
 func (a hookedCyrus) mustHaveKept(t *testing.T, said string) {
 	t.Helper()
 	aside := asideDir.FindString(said)
-	if aside == "" || !strings.Contains(said, fmt.Sprintf(": %d\"", len(onlyOnA))) {
+	if aside == "" || !strings.Contains(said, fmt.Sprintf("see the file missing: %d\\n", len(onlyOnA))) {
 		t.Fatalf("rejoin does not name what it has kept, and how much is missing: %s", said)
 	}
 	lost := map[string]int{}

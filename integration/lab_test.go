@@ -119,10 +119,14 @@ func startWatchdog(dir string) error {
 }
 
 // nextHost returns an address of 127/8 that no other instance of this run and
-// no other run on this machine uses: its middle octets come from our process id.
+// no other run on this machine uses: 13 bits of it come from our process id, and
+// there is room for 1000 instances behind them.
 func nextHost() string {
-	pid, n := os.Getpid(), lab.hosts.Add(1)
-	return fmt.Sprintf("127.%d.%d.%d", 64+pid%128, pid/128%256, n)
+	pid, n := os.Getpid(), int(lab.hosts.Add(1))
+	if n >= 4*250 {
+		panic("more than 999 instances in one run")
+	}
+	return fmt.Sprintf("127.%d.%d.%d", 64+pid%128, pid/128%64*4+n/250, 1+n%250)
 }
 
 // newDir makes a directory in the lab that any user may enter.
