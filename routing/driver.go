@@ -62,14 +62,14 @@ func decide(s *State, d driving, isOver, agesOut bool) (move, string) {
 	}
 	missing, rest := obstacles(s, d.roles)
 	next := row.Switch.next(row.Phase)
-	opensNext := next == PhaseOpen || next == PhasePromote // from there on there may be no way back
+	needsProof := next != PhaseDemote // which may be what gives it
 	blocked := ""
 	switch {
 	case d.failed != "":
 		blocked = d.failed
 	case len(missing) > 0:
 		blocked = "no ack from frontend " + strings.Join(missing, ", ")
-	case rest != "" && opensNext:
+	case rest != "" && needsProof:
 		blocked = "residue: " + rest
 	}
 	canAbort := row.canAbort() == ""
@@ -86,7 +86,7 @@ func decide(s *State, d driving, isOver, agesOut bool) (move, string) {
 		return moveRun, string(HookProve)
 	case row.Switch.has(hook) && d.ran != row.Phase:
 		return moveRun, string(hook)
-	case blocked == "" || row.Phase != PhaseHold && !opensNext:
+	case blocked == "" || row.Phase != PhaseHold && !needsProof:
 		return moveAdvance, ""
 	case canAbort && len(missing) == 0 && !agesOut:
 		return moveAbort, blocked // waiting would only keep the logins parked

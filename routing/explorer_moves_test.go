@@ -24,30 +24,36 @@ func (e *explorer) expandStore(n node) {
 			return
 		}
 		m := n
-		m.store = to
+		e.commit(&m, to)
 		if edit != nil {
 			edit(&m)
 		}
 		e.visit(m, step{what: op.kind, proc: op.proc})
 	}
-	if n.holds > 0 {
+	if n.holds > 0 && !e.requests {
 		less := func(m *node) { m.holds-- }
 		try(storeOp{kind: "hold"}, less)
 		if n.ghosts == 0 {
 			try(storeOp{kind: "hold, confirmed clean"}, less)
 		}
 	}
-	row := e.states[n.store].Roles["r"]
-	switch {
-	case row.Phase == PhaseAbort && len(row.Switch.Begun) > 0:
-		try(storeOp{kind: "undone"}, nil)
-	case row.Phase == PhaseAbort:
-		try(storeOp{kind: "reopen"}, nil)
-	case row.Phase != PhaseOpen:
-		if !e.noticed || !e.isOutside(n) {
-			try(storeOp{kind: "advance"}, nil)
-		}
+	e.expandSwitch(n)
+	if row := e.states[n.store].Roles["r"]; row.Phase != PhaseOpen && row.Phase != PhaseAbort {
 		try(storeOp{kind: "abort"}, nil)
+	}
+	if n.failovers > 0 {
+		less := func(m *node) { m.failovers-- }
+		try(storeOp{kind: "failover"}, less)
+		try(storeOp{kind: "failover, loss accepted"}, func(m *node) { // the operator is right
+			less(m)
+			m.cut(int(backendNumber(e.states[m.store].Roles["r"].Active)))
+		})
+	}
+	if len(e.states[n.store].Roles["r"].Stale) > 0 {
+		try(storeOp{kind: "rejoin"}, func(m *node) { m.rejoin(int(3 - backendNumber(e.states[m.store].Roles["r"].Active))) })
+	}
+	if e.requests {
+		e.expandRequest(n, try)
 	}
 	for _, b := range []uint8{backendA, backendB} {
 		// Age and the operator are right about the end of the work.
@@ -57,8 +63,11 @@ func (e *explorer) expandStore(n node) {
 	}
 	for i := range uint8(e.frontends) {
 		for id := uint8(1); id <= n.procs[i].last; id++ {
-			if id != n.procs[i].id {
+			switch {
+			case id != n.procs[i].id:
 				try(storeOp{kind: "bury", proc: i, id: id}, nil)
+			case n.ends > 0 && e.leaseEnds(n.procs[i]):
+				try(storeOp{kind: "bury", proc: i, id: id}, func(m *node) { m.ends-- })
 			}
 		}
 		if n.fences > 0 && n.procs[i].id != 0 && n.procs[i].view.registered {
@@ -72,11 +81,24 @@ func (e *explorer) expandProc(n node, i uint8) {
 	p := n.procs[i]
 	visit := func(store uint16, p proc, how string) {
 		m := n
-		m.store, m.procs[i] = store, p
+		m.procs[i] = p
+		e.commit(&m, store)
 		e.visit(m, step{what: how, proc: i, epoch: p.view.epoch})
+	}
+	if p.sent != 0 {
+		q := p
+		q.sent = 0
+		if to, ok := e.store(n.store, e.ops[p.sent]); ok {
+			visit(to, q, "a late message of {f} arrives: "+e.ops[p.sent].kind)
+		}
+		visit(n.store, q, "a message of {f} is lost")
 	}
 	if p.id == 0 {
 		e.expandStart(n, i)
+		return
+	}
+	e.expandLease(n, i, visit)
+	if p.asleep {
 		return
 	}
 	e.expandRegistration(n, i, visit)
@@ -109,13 +131,26 @@ func (e *explorer) expandProc(n node, i uint8) {
 	// The ack.
 	row, at := p.view.row(), e.presence(i, p)
 	if wantsAck(row, at) && e.r.mayAck(row, at) == "" {
-		to, ok := e.store(n.store, storeOp{kind: "ack", proc: i, id: p.id, epoch: p.view.epoch, residues: p.residues})
-		if ok {
+		op := storeOp{kind: "ack", proc: i, id: p.id, epoch: p.view.epoch, residues: p.residues, saw: p.saw}
+		if to, ok := e.store(n.store, op); ok {
 			q := p
-			q.residues = 0
+			q.residues, q.saw = 0, false
 			visit(to, q, "{f} acks {e}")
 		}
+		e.expandLost(n, i, op)
 	}
+}
+
+// expandLost sends a message whose answer does not come: the store may take it
+// at any time, or never, and the frontend keeps what it was to hand over.
+func (e *explorer) expandLost(n node, i uint8, op storeOp) {
+	if n.lost == 0 || n.procs[i].sent != 0 {
+		return
+	}
+	m := n
+	m.lost--
+	m.procs[i].sent = e.send(op)
+	e.visit(m, step{what: "{f} gets no answer: " + op.kind, proc: i})
 }
 
 // isOutside says whether a process that is not registered has sessions, or
@@ -155,7 +190,7 @@ func (e *explorer) expandStart(n node, i uint8) {
 		// is on the disk is void before its registration is.
 		m := n
 		m.starts--
-		m.procs[i] = proc{id: p.last + 1, last: p.last + 1, view: e.look(n.store, i, p.last+1)}
+		m.procs[i] = proc{id: p.last + 1, last: p.last + 1, view: e.look(n.store, i, p.last+1), sent: p.sent}
 		e.visit(m, step{what: "{f} starts", proc: i})
 	}
 	// A start from disk goes on under the old registration, which nobody buries
@@ -177,22 +212,25 @@ func (e *explorer) expandRegistration(n node, i uint8, visit func(uint16, proc, 
 	switch {
 	case p.view.registered:
 	case !p.enrolled:
-		if to, ok := e.store(n.store, storeOp{kind: "register", proc: i, id: p.id}); ok {
+		op := storeOp{kind: "register", proc: i, id: p.id}
+		if to, ok := e.store(n.store, op); ok {
 			q := p
 			q.enrolled = true
 			visit(to, q, "{f} registers")
 		}
+		e.expandLost(n, i, op)
 	case !e.look(n.store, i, p.id).registered:
 		q := p
 		q.id++
 		q.last++
+		q.isOver = false
 		if to, ok := e.store(n.store, storeOp{kind: "register", proc: i, id: q.id, epoch: e.floor(p)}); ok {
 			visit(to, q, "{f} registers anew")
 		}
 	}
 	if p.stays == [3]uint8{} && n.starts > 0 {
-		if to, ok := e.store(n.store, storeOp{kind: "goodbye", proc: i, id: p.id, residues: p.residues}); ok {
-			visit(to, proc{last: p.last}, "{f} says goodbye")
+		if to, ok := e.store(n.store, storeOp{kind: "goodbye", proc: i, id: p.id, residues: p.residues, saw: p.saw}); ok {
+			visit(to, proc{last: p.last, sent: p.sent}, "{f} says goodbye")
 		}
 	}
 	if n.crashes > 0 {
@@ -203,7 +241,7 @@ func (e *explorer) expandRegistration(n node, i uint8, visit func(uint16, proc, 
 				m.ghosts |= 1 << b
 			}
 		}
-		m.procs[i] = proc{last: p.last, disk: p.disk}
+		m.procs[i] = proc{last: p.last, disk: p.disk, sent: p.sent}
 		e.visit(m, step{what: "{f} is killed", proc: i})
 	}
 }
@@ -224,9 +262,12 @@ func (e *explorer) floor(p proc) (floor uint8) {
 // expandSessions lets the user in and out.
 func (e *explorer) expandSessions(n node, i uint8) {
 	p := n.procs[i]
-	if row := p.view.row(); p.stays[p.view.active] == 0 && e.r.admit(row, e.presence(i, p)) == "" {
+	isOver := p.isOver && e.effect != effectEntry
+	takes := !e.paused && e.failovers == 0 || n.hosts.up&(1<<p.view.active) != 0 // what is stopped takes nobody
+	if row := p.view.row(); p.stays[p.view.active] == 0 && e.r.admit(row, e.presence(i, p)) == "" && !isOver && takes {
 		m := n
 		m.procs[i].stays[p.view.active] = p.view.epoch
+		m.procs[i].saw = e.mail
 		e.visit(m, step{"{f} admits to {b} in {e}", i, int(p.view.active), p.view.epoch})
 	}
 	for b, epoch := range p.stays {

@@ -3,19 +3,20 @@ package routing
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
-	"testing"
 	"time"
 )
 
-// The explorer searches every state that frontends, drivers, operators, crashes
-// and late events can reach, and looks for one user who can have effects on two
-// backends of a role (I1). It calls the real rules (switch.go, roster.go) and
-// the real decisions of the gate (gate.go). What it leaves out is time and what
-// cannot matter to I1. Drivers have no state of their own, every step of theirs
-// is tried everywhere: that is their crash and restart at every point.
+// The explorer searches every state that frontends, drivers, operators, hooks,
+// crashes and late events can reach, and looks for one user who can have effects
+// on two backends of a role (I1), for mail that the active lacks (I2), and for
+// two backends, or none, that serve (explorer_hooks_test.go). It calls the real
+// rules (switch.go, failover.go, request.go, roster.go) and the real decisions of
+// the gate (gate.go). What it leaves out is time: everything may be late, as when
+// the store is away, but for what clocks promise (explorer_lease_test.go). Every
+// driver's step is tried everywhere: that is their crash and restart at every
+// point.
 //
 // States of the store are interned: a rule runs once per state and arguments.
 
@@ -31,7 +32,15 @@ type scenario struct {
 	late      bool // the first process may get a watch event after newer ones were read
 	fences    int  // registrations that get lost while the process runs
 	noticed   bool // and no role opens before the process has registered anew
-	hooks     bool // all hooks are there
+	hooks     []Hook
+	failovers int
+	drivers   bool // a second one, whose step may be long on its way
+	lost      int  // messages of frontends that are long on their way, their answers lost
+	requests  bool // switches begin with a request and a comparison
+	mail      bool // who lacks what, too
+	leases    int  // that end others' registrations
+	stops     int  // of a process by SIGSTOP; of its machine, clock and all, if paused
+	paused    bool
 }
 
 // mutation takes one guard or one effect away.
@@ -52,6 +61,20 @@ var (
 	effectFloors  = "register: stays that still drain keep the floor down"
 	effectOffline = "start from disk: inherits an unknown residue"
 	effectProven  = "residues are cleared by proof only"
+
+	effectStops    = "demote, fence: nothing of the old active runs on"
+	effectStep     = "a driver's step is for its own switch only"
+	effectRan      = "a driver leaves a phase when its hook is done"
+	effectUndo     = "an abort undoes what was begun"
+	effectAckEpoch = "ack: it is for one epoch only"
+	effectAckSeen  = "ack: who was seen goes with it"
+	effectByeSeen  = "goodbye: who was seen goes with it"
+	effectBurySeen = "bury: anybody may have been seen"
+	effectStands   = "report: who is inside counts as seen again"
+	effectCompared = "comparison: whose work may run on is looked at again"
+	effectFailover = "failover: the old active is stale"
+	effectEntry    = "lease: nobody enters when it is over"
+	effectMargin   = "lease: it is over for its holder first"
 )
 
 const (
@@ -89,6 +112,10 @@ type proc struct {
 	disk     seen     // what a start from disk would see
 	stays    [3]uint8 // by backend: the epoch of a stay there, 0 if none
 	residues uint8    // bits by backend: not yet handed over
+	saw      bool     // the user was seen: not yet handed over
+	isOver   bool     // its lease is, by its own clock
+	asleep   bool     // it is stopped
+	sent     opID     // a message that is long on its way
 }
 
 // node is one state of the world.
@@ -96,8 +123,10 @@ type node struct {
 	store  uint16
 	procs  [2]proc
 	ghosts uint8 // bits by backend: work that runs on though its stay has ended
+	hosts  hosts
+	late   opID // the step of a driver that is long on its way
 	// What may still happen.
-	holds, starts, crashes, fences uint8
+	holds, starts, crashes, fences, failovers, lost, stops, ends uint8
 }
 
 // step says how a node came about: cheap to make, printed for a trace only.
@@ -113,6 +142,9 @@ func (s step) String() string {
 	return text.Replace(s.what)
 }
 
+// opID is the number of a storeOp on its way; 0 if there is none.
+type opID uint16
+
 // storeOp is a rule with its arguments.
 type storeOp struct {
 	kind     string
@@ -120,6 +152,10 @@ type storeOp struct {
 	epoch    uint8
 	residues uint8
 	backend  uint8
+	saw      bool
+	number   uint8 // of a switch or request
+	phase    Phase
+	hook     Hook
 }
 
 type storeStep struct {
@@ -134,6 +170,9 @@ type explorer struct {
 
 	states   []*State
 	ids      map[string]uint16
+	ops      []storeOp
+	opIDs    map[storeOp]opID
+	looks    map[lookAt]seen
 	steps    map[storeStep]int // to; -1: refused
 	nodes    map[node]int32
 	order    []node
@@ -141,19 +180,21 @@ type explorer struct {
 	how      []step
 	current  int32
 	violated int32
+	fault    string
 }
 
 var explorerTime = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func explore(sc scenario, m mutation) *explorer {
 	e := &explorer{scenario: sc, r: rules{without: m.rule}, ids: make(map[string]uint16), steps: make(map[storeStep]int),
-		nodes: make(map[node]int32), violated: -1}
+		ops: make([]storeOp, 1), opIDs: make(map[storeOp]opID), looks: make(map[lookAt]seen), nodes: make(map[node]int32), violated: -1}
 	if m.rule == "" {
 		e.effect = m.name
 	}
 	s := emptyState()
 	s.Roles["r"] = Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: PhaseOpen}
-	n := node{holds: uint8(sc.holds), starts: uint8(sc.starts), crashes: uint8(sc.crashes), fences: uint8(sc.fences)}
+	n := node{holds: uint8(sc.holds), starts: uint8(sc.starts), crashes: uint8(sc.crashes), fences: uint8(sc.fences),
+		failovers: uint8(sc.failovers), lost: uint8(sc.lost), stops: uint8(sc.stops), ends: uint8(sc.leases), hosts: hosts{up: 1 << backendA}}
 	n.store = e.intern(s)
 	e.current = -1
 	e.visit(n, step{})
@@ -164,8 +205,11 @@ func explore(sc scenario, m mutation) *explorer {
 	return e
 }
 
-// visit adds a node, and stops the search if it breaks I1.
+// visit adds a node, and stops the search if it is a fault.
 func (e *explorer) visit(n node, how step) {
+	if e.mail {
+		e.write(&n)
+	}
 	if _, known := e.nodes[n]; known {
 		return
 	}
@@ -174,9 +218,18 @@ func (e *explorer) visit(n node, how step) {
 	e.order = append(e.order, n)
 	e.parents = append(e.parents, e.current)
 	e.how = append(e.how, how)
-	if e.violated < 0 && n.effects(backendA) && n.effects(backendB) {
-		e.violated = at
+	if e.violated < 0 {
+		if e.fault = e.faultOf(n); e.fault != "" {
+			e.violated = at
+		}
 	}
+}
+
+func (e *explorer) faultOf(n node) string {
+	if n.effects(backendA) && n.effects(backendB) {
+		return "a user can have effects on two backends"
+	}
+	return e.hostFault(n)
 }
 
 // effects says whether anything for the user can still happen on a backend.
@@ -196,10 +249,28 @@ func (e *explorer) trace() string {
 
 // intern numbers the states of the store; what cannot matter is left out.
 func (e *explorer) intern(s *State) uint16 {
-	s.History, s.Switches, s.Revision = nil, 0, 0
+	s.History, s.Revision = nil, 0
 	row := s.Roles["r"]
-	if row.Switch != nil {
-		row.Switch = &Switch{To: row.Switch.To, Begun: row.Switch.Begun}
+	if sw := row.Switch; sw != nil {
+		row.Switch = &Switch{Number: sw.Number, To: sw.To, Begun: sw.Begun, Hooks: sw.Hooks, Failover: sw.Failover, AcceptLoss: sw.AcceptLoss}
+	}
+	if !e.drivers && !e.requests { // the number tells nobody anything
+		s.Switches = 0
+		if row.Switch != nil {
+			row.Switch.Number = 0
+		}
+	}
+	for member := range row.Stale {
+		row.Stale[member] = Stale{}
+	}
+	if !e.mail {
+		row.Seen = Seen{}
+	}
+	if q := row.Request; q != nil {
+		q.Asked, q.Roles, q.Hooks = time.Time{}, nil, nil
+		if q.Comparison != nil {
+			q.Comparison = &Comparison{Of: q.Comparison.Of, Found: q.Comparison.Found}
+		}
 	}
 	slices.SortFunc(row.Residues, func(a, b Residue) int { return strings.Compare(a.Backend, b.Backend) })
 	row.Residues = slices.CompactFunc(row.Residues, func(a, b Residue) bool { return a.Backend == b.Backend })
@@ -225,13 +296,6 @@ func (e *explorer) intern(s *State) uint16 {
 
 func frontendID(proc, nonce uint8) string { return fmt.Sprintf("f%d.%d", proc, nonce) }
 
-func (e *explorer) has() []Hook {
-	if e.hooks {
-		return AllHooks
-	}
-	return nil
-}
-
 // store applies a rule; ok is false if it refuses.
 func (e *explorer) store(from uint16, op storeOp) (to uint16, ok bool) {
 	step := storeStep{from, op}
@@ -247,6 +311,17 @@ func (e *explorer) store(from uint16, op storeOp) (to uint16, ok bool) {
 	return uint16(max(known, 0)), known >= 0
 }
 
+// send numbers an operation.
+func (e *explorer) send(op storeOp) opID {
+	id, known := e.opIDs[op]
+	if !known {
+		id = opID(len(e.ops))
+		e.ops = append(e.ops, op)
+		e.opIDs[op] = id
+	}
+	return id
+}
+
 func residuesOf(bits uint8) []Residue {
 	var list []Residue
 	for _, b := range []int{backendA, backendB} {
@@ -260,27 +335,32 @@ func residuesOf(bits uint8) []Residue {
 func (e *explorer) apply(s *State, op storeOp) error {
 	id, now := frontendID(op.proc, op.id), explorerTime
 	row := s.Roles["r"]
-	before := slices.Clone(row.Residues)
-	restore := func(effect string) {
-		if e.effect == effect {
-			row := s.Roles["r"]
+	before, seenBefore := slices.Clone(row.Residues), row.Seen
+	restore := func(residues, seen string) {
+		row := s.Roles["r"]
+		if e.effect == residues {
 			row.Residues = before
-			s.Roles["r"] = row
 		}
+		if e.effect == seen {
+			row.Seen = seenBefore
+		}
+		s.Roles["r"] = row
+	}
+	hand := handed{residues: residuesOf(op.residues)}
+	if op.saw {
+		hand.seen.Users = []string{"u"}
 	}
 	switch op.kind {
 	case "hold", "hold, confirmed clean":
 		if op.kind != "hold" {
 			s.clean([]string{"r"})
 		}
-		err := e.r.hold(s, []string{"r"}, order{to: backendName[3-backendNumber(row.Active)], hooks: e.has()}, now)
+		err := e.r.hold(s, []string{"r"}, order{to: other(row.Active), hooks: e.hooks}, now)
 		if row := s.Roles["r"]; err == nil && e.effect == effectEpoch {
 			row.Epoch--
 			s.Roles["r"] = row
 		}
 		return err
-	case "advance":
-		return e.r.advance(s, "r", row.Phase, now)
 	case "abort":
 		err := e.r.abort(s, "r", "", now)
 		if row := s.Roles["r"]; err == nil && e.effect == effectInherit {
@@ -288,10 +368,6 @@ func (e *explorer) apply(s *State, op storeOp) error {
 			s.Roles["r"] = row
 		}
 		return err
-	case "undone":
-		return e.r.undone(s, "r", row.Switch.Begun[len(row.Switch.Begun)-1])
-	case "reopen":
-		return e.r.reopen(s, "r", now)
 	case "age":
 		return e.r.ageOut(s, func(_ string, r Residue) bool { return r.Backend == backendName[op.backend] })
 	case "register":
@@ -301,103 +377,63 @@ func (e *explorer) apply(s *State, op storeOp) error {
 		}
 		return e.r.register(s, id, f)
 	case "ack":
-		defer restore(effectAck)
-		return e.r.ack(s, id, "r", uint64(op.epoch), handed{residues: residuesOf(op.residues)})
+		defer restore(effectAck, effectAckSeen)
+		if e.effect == effectAckEpoch {
+			op.epoch = uint8(row.Epoch)
+		}
+		return e.r.ack(s, id, "r", uint64(op.epoch), hand)
 	case "goodbye":
-		defer restore(effectGoodbye)
-		return e.r.goodbye(s, id, map[string]handed{"r": {residues: residuesOf(op.residues)}})
+		defer restore(effectGoodbye, effectByeSeen)
+		return e.r.goodbye(s, id, map[string]handed{"r": hand})
 	case "bury":
-		defer restore(effectBury)
+		defer restore(effectBury, effectBurySeen)
 		return e.r.bury(s, id, now)
 	case "fence":
 		delete(s.Frontends, id)
 		return nil
+	case "failover", "failover, loss accepted":
+		return e.r.failover(s, []string{"r"}, order{to: other(row.Active), hooks: e.hooks, acceptLoss: op.kind != "failover"}, now)
+	case "rejoin":
+		if _, err := e.r.rejoining(s, "r", other(row.Active)); err != nil {
+			return err
+		}
+		return e.r.rejoin(s, "r", other(row.Active), row.Active, 0)
 	}
-	panic(op.kind)
+	if e.requests {
+		if err, ok := e.applyRequest(s, op, id, hand); ok {
+			return err
+		}
+	}
+	return e.applyStep(s, op)
 }
+
+func other(backend string) string { return backendName[3-backendNumber(backend)] }
 
 func backendNumber(name string) uint8 { return uint8(slices.Index(backendName, name)) }
 
+// lookAt is who looks at which state of the store.
+type lookAt struct {
+	store    uint16
+	proc, id uint8
+}
+
 // look is what a frontend sees of a state of the store.
 func (e *explorer) look(store uint16, proc, id uint8) seen {
-	s := e.states[store]
-	row := s.Roles["r"]
-	v := seen{open: row.Phase == PhaseOpen, active: backendNumber(row.Active), epoch: uint8(row.Epoch)}
-	if f, ok := s.Frontends[frontendID(proc, id)]; ok {
-		v.registered, v.floor = true, uint8(f.Floors["r"])
+	at := lookAt{store, proc, id}
+	v, known := e.looks[at]
+	if !known {
+		v = e.lookUp(at)
+		e.looks[at] = v
 	}
 	return v
 }
 
-var scenarios = []scenario{
-	{name: "two switches, residues", frontends: 2, holds: 2, starts: 2, unproven: true},
-	{name: "crashes and late joiners", frontends: 2, holds: 2, starts: 3, crashes: 1},
-	{name: "late events", frontends: 2, holds: 2, starts: 2, late: true},
-	{name: "starts from disk", frontends: 2, holds: 2, starts: 2, crashes: 1, disk: true},
-	{name: "registration lost", frontends: 1, holds: 2, starts: 1, fences: 1},
-	{name: "registration lost, and noticed", frontends: 2, holds: 1, starts: 2, fences: 1, noticed: true},
-	{name: "everything, one switch", frontends: 2, holds: 1, starts: 2, crashes: 1, unproven: true, disk: true, late: true},
-	{name: "hooks", frontends: 2, holds: 1, starts: 3, crashes: 1, unproven: true, hooks: true},
-}
-
-// mutations lists every guard that I1 rests on, and where it is missed.
-func mutations() []mutation {
-	list := []mutation{
-		{effectLeave, "", "two switches, residues"},
-		{effectAck, "", "two switches, residues"},
-		{effectGoodbye, "", "two switches, residues"},
-		{effectBury, "", "crashes and late joiners"},
-		{effectEpoch, "", "two switches, residues"},
-		{effectInherit, "", "two switches, residues"},
-		{effectOlder, "", "late events"},
-		{effectFloors, "", "registration lost, and noticed"},
-		{effectOffline, "", "starts from disk"},
-		{effectProven, "", "two switches, residues"},
+func (e *explorer) lookUp(at lookAt) seen {
+	s := e.states[at.store]
+	row := s.Roles["r"]
+	v := seen{open: row.Phase == PhaseOpen, active: backendNumber(row.Active), epoch: uint8(row.Epoch)}
+	if f, ok := s.Frontends[frontendID(at.proc, at.id)]; ok {
+		v.registered, v.floor = true, uint8(f.Floors["r"])
 	}
-	on := map[string]string{
-		openGuards[0].name:  "two switches, residues",
-		openGuards[1].name:  "two switches, residues",
-		admitGuards[0].name: "crashes and late joiners",
-		admitGuards[1].name: "two switches, residues",
-		admitGuards[2].name: "registration lost",
-		ackGuards[0].name:   "two switches, residues",
-		ackGuards[1].name:   "starts from disk",
-	}
-	for _, name := range slices.Sorted(maps.Keys(on)) {
-		list = append(list, mutation{name, name, on[name]})
-	}
-	return list
-}
-
-func TestExplorer(t *testing.T) {
-	for _, sc := range scenarios {
-		t.Run(sc.name, func(t *testing.T) {
-			t.Parallel()
-			begin := time.Now()
-			e := explore(sc, mutation{})
-			t.Logf("%d states of the world, %d of the store, %v", len(e.order), len(e.states), time.Since(begin).Round(time.Millisecond))
-			if e.violated >= 0 {
-				t.Errorf("a user can have effects on two backends: %s", e.trace())
-			}
-		})
-	}
-}
-
-// Each guard is needed: without it the search finds a violation.
-func TestExplorerMissesEachGuard(t *testing.T) {
-	for _, m := range mutations() {
-		t.Run(m.name, func(t *testing.T) {
-			t.Parallel()
-			for _, sc := range scenarios {
-				if sc.name != m.on {
-					continue
-				}
-				e := explore(sc, m)
-				if e.violated < 0 {
-					t.Fatalf("%d states without the guard, and I1 holds in all of them: the guard or the explorer is wrong", len(e.order))
-				}
-				t.Logf("after %d states: %s", len(e.order), e.trace())
-			}
-		})
-	}
+	return v
 }

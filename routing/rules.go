@@ -95,7 +95,7 @@ var advanceGuards = []guard{
 
 var holdGuards = []guard{
 	inNoDoubt,
-	{"the role is open", func(c change) string {
+	{"no switch is in progress", func(c change) string {
 		if c.row.Phase != PhaseOpen {
 			return fmt.Sprintf("switch %d to %s is in phase %s: wait for its end", c.row.Switch.Number, c.row.Switch.To, c.row.Phase)
 		}

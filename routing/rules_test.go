@@ -3,6 +3,7 @@ package routing
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -26,8 +27,15 @@ func mustHold(t *testing.T, s *State, hooks ...Hook) {
 	}
 }
 
-func TestRulesRefuse(t *testing.T) {
-	var r rules
+// A refusal is one case of a rule that refuses, or allows.
+type refusal struct {
+	name    string
+	prepare func(*State)
+	rule    func(*State) error
+	want    string // "": allowed
+}
+
+func refusals(t *testing.T, r rules) []refusal {
 	now := explorerTime
 	hold := func(role, to string, confirmed bool) func(*State) error {
 		return func(s *State) error {
@@ -42,12 +50,24 @@ func TestRulesRefuse(t *testing.T) {
 		row.Residues = []Residue{{Backend: "a", User: "u"}}
 		s.Roles["r"] = row
 	}
-	for _, c := range []struct {
-		name    string
-		prepare func(*State)
-		rule    func(*State) error
-		want    string // "": allowed
-	}{
+	asks := func(s *State) {
+		if err := (rules{}).request(s, []string{"r"}, order{to: "b"}, false, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	failover := func(to string, o order) func(*State) error {
+		return func(s *State) error {
+			o.to = to
+			return r.failover(s, []string{"r"}, o, now)
+		}
+	}
+	promotes := func(s *State) {
+		mustHold(t, s)
+		row := s.Roles["r"]
+		row.Phase, row.Switch.Begun = PhasePromote, []Phase{PhasePromote}
+		s.Roles["r"] = row
+	}
+	return []refusal{
 		{"hold", nil, hold("r", "b", false), ""},
 		{"hold: unknown role", nil, hold("x", "b", false), "no role"},
 		{"hold: to itself", nil, hold("r", "a", false), "active already"},
@@ -74,17 +94,52 @@ func TestRulesRefuse(t *testing.T) {
 		{"init: not in doubt", nil, func(s *State) error { return r.initRole(s, "r", "b", nil, 0, "", now) }, "posthouse switch"},
 		{"init: no member", nil, func(s *State) error { return r.initRole(s, "new", "z", []string{"a"}, 0, "", now) }, "not one of a"},
 		{"take up: ended", nil, func(s *State) error { return r.takeUp(s, "r", 1) }, "has ended"},
-	} {
-		s := table(t)
-		if c.prepare != nil {
-			c.prepare(s)
-		}
-		err := c.rule(s.Clone())
+		{"hold: another is asked for", asks, hold("r", "b", false), "is being prepared"},
+		{"failover: no proof", nil, failover("b", order{}), "--accept-loss"},
+		{"failover: loss accepted", nil, failover("b", order{acceptLoss: true}), ""},
+		{"failover: another is being promoted", promotes, failover("c", order{acceptLoss: true}), "has begun to promote b"},
+	}
+}
+
+func TestRulesRefuse(t *testing.T) {
+	for _, c := range refusals(t, rules{}) {
+		err := c.try(t)
 		switch {
 		case c.want == "" && err != nil:
 			t.Errorf("%s: %v", c.name, err)
 		case c.want != "" && (!errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), c.want)):
 			t.Errorf("%s: %v, want a conflict with %q", c.name, err, c.want)
+		}
+	}
+}
+
+func (c refusal) try(t *testing.T) error {
+	s := table(t)
+	if c.prepare != nil {
+		c.prepare(s)
+	}
+	return c.rule(s.Clone())
+}
+
+// Every guard is needed: without it a rule does not refuse what it must, or the
+// explorer finds a fault.
+func TestEveryGuardIsMissed(t *testing.T) {
+	var names []string
+	for _, g := range slices.Concat(openGuards, advanceGuards, holdGuards, failoverGuards, initGuards) {
+		names = append(names, g.name)
+	}
+	for _, g := range slices.Concat(admitGuards, ackGuards) {
+		names = append(names, g.name)
+	}
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
+		missed := slices.ContainsFunc(mutations(), func(m mutation) bool { return m.rule == name })
+		for _, c := range refusals(t, rules{without: name}) {
+			err := c.try(t)
+			missed = missed || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want))
+		}
+		if !missed {
+			t.Errorf("%q: nobody misses it", name)
 		}
 	}
 }

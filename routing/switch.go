@@ -262,11 +262,11 @@ func (r rules) advance(s *State, role string, from Phase, now time.Time) error {
 		return r.open(s, role, now)
 	}
 	// The old active is touched only when nobody is inside, and the new one
-	// promoted only when the old one is done.
+	// compared with it or promoted only when the old one is done.
 	c.to = row.Switch.To
-	guards := openGuards[:1]
-	if next == PhasePromote {
-		guards = openGuards
+	guards := openGuards
+	if next == PhaseDemote {
+		guards = openGuards[:1]
 	}
 	if err := r.check(c, guards); err != nil {
 		return err
