@@ -16,10 +16,21 @@ type etcdCluster struct {
 	members []*daemon
 	argv    [][]string
 	urls    []string
+	tls     string // what posthouse is to know of it
 }
 
 // newEtcd starts a cluster and ends it with the test.
-func newEtcd(t *testing.T) *etcdCluster {
+func newEtcd(t *testing.T) *etcdCluster { return startEtcd(t, "http") }
+
+// newSecureEtcd is newEtcd with TLS. It asks its clients for certificates.
+func newSecureEtcd(t *testing.T) *etcdCluster {
+	e := startEtcd(t, "https")
+	cert, key := lab.ca.issue(t, e.dir, "frontend", "127.0.0.1")
+	e.tls = fmt.Sprintf(", tls: {ca: %s, cert: %s, key: %s}", lab.ca.file, cert, key)
+	return e
+}
+
+func startEtcd(t *testing.T, scheme string) *etcdCluster {
 	t.Helper()
 	dir := newDir(t, "etcd")
 	var cluster []string
@@ -30,12 +41,17 @@ func newEtcd(t *testing.T) *etcdCluster {
 	}
 	e := &etcdCluster{dir: dir, members: make([]*daemon, 3)}
 	for i, host := range hosts {
-		client, peer := "http://"+host+":2379", "http://"+host+":2380"
+		client, peer := scheme+"://"+host+":2379", "http://"+host+":2380"
 		e.urls = append(e.urls, client)
-		e.argv = append(e.argv, []string{"etcd", "--name", fmt.Sprint("e", i), "--data-dir", filepath.Join(dir, fmt.Sprint("e", i)),
+		var secure []string
+		if scheme == "https" {
+			cert, key := lab.ca.issue(t, newDir(t, "etcd-tls"), "etcd", host)
+			secure = []string{"--cert-file", cert, "--key-file", key, "--client-cert-auth", "--trusted-ca-file", lab.ca.file}
+		}
+		e.argv = append(e.argv, append([]string{"etcd", "--name", fmt.Sprint("e", i), "--data-dir", filepath.Join(dir, fmt.Sprint("e", i)),
 			"--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer,
 			"--initial-advertise-peer-urls", peer, "--initial-cluster-state", "new", "--initial-cluster", strings.Join(cluster, ","),
-			"--auto-compaction-retention", "1"})
+			"--auto-compaction-retention", "1"}, secure...))
 	}
 	e.start(t)
 	t.Cleanup(func() { e.stop(t) })
@@ -62,7 +78,7 @@ func (e *etcdCluster) stop(t testing.TB) {
 // shared puts the site's table into etcd: its frontends are on hosts of their
 // own, each with a state directory.
 func (s *site) shared(e *etcdCluster, lease string) *site {
-	s.store = fmt.Sprintf("{type: etcd, endpoints: [%q, %q, %q], lease: %s}", e.urls[0], e.urls[1], e.urls[2], lease)
+	s.store = fmt.Sprintf("{type: etcd, endpoints: [%q, %q, %q], lease: %s%s}", e.urls[0], e.urls[1], e.urls[2], lease, e.tls)
 	return s
 }
 
@@ -111,14 +127,23 @@ func TestSwitchOnThreeHosts(t *testing.T) {
 }
 
 // TestEtcdAway: with etcd stopped, live sessions and new logins go on, a switch
-// is refused with the reason, and works when etcd is back.
+// is refused with the reason, and works when etcd is back. It wants certificates:
+// a frontend without one does not start.
 func TestEtcdAway(t *testing.T) {
 	t.Parallel()
 	users := userNames(2)
 	pair := newCyrusPair(t, users...)
-	etcd := newEtcd(t)
+	etcd := newSecureEtcd(t)
 	s := paced(newSite(t, pair.a.backend(), pair.b.backend(), users...)).shared(etcd, "3s")
 	first, second := startFrontend(t, s), startFrontend(t, s)
+	stranger := *s
+	stranger.store = strings.Replace(s.store, etcd.tls, fmt.Sprintf(", tls: {ca: %s}", lab.ca.file), 1)
+	third := newFrontend(t, &stranger)
+	third.start(t)
+	within(t, 60*time.Second, "a frontend without a certificate ends", func() bool { return !third.running() })
+	if log := third.output.String(); !strings.Contains(log, "certificate") {
+		t.Errorf("it does not say why: %s", log)
+	}
 	live := first.as(t, users[0])
 
 	etcd.stop(t)
