@@ -283,7 +283,7 @@ func TestSafety21RoleThatCameSinceTheRequest(t *testing.T) {
 		h.opt.Hooks = l
 		f := h.start("f")
 		l.compare = func(ctx context.Context, _ HookCall) (Seen, string, error) {
-			if _, err := f.InitRole(ctx, "ma03", "a", "root"); err != nil {
+			if _, err := f.InitRole(ctx, "ma03", "a", "root", false); err != nil {
 				t.Error(err)
 			}
 			return Seen{}, "all equal", nil

@@ -183,7 +183,7 @@ func TestComparisonIsCutShort(t *testing.T) {
 		if row := f.Snapshot().Roles["ma01"]; !reflect.DeepEqual(row.Request.Comparison.Of, users("alice")) || row.Seen.Users != nil {
 			t.Errorf("%+v", row)
 		}
-		if err := f.Abort(t.Context(), "ma01", "test", "enough"); err != nil {
+		if err := f.Abort(t.Context(), AbortRequest{Role: "ma01", Who: "test", Why: "enough"}); err != nil {
 			t.Error(err)
 		}
 		if err := <-end; err == nil {

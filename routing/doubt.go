@@ -120,16 +120,16 @@ func (r rules) markDoubt(s *State, role string, kept Row, by, why string, now ti
 // known, and opens on active when every registered frontend has acked, so that
 // no frontend is still inside elsewhere. known is the highest epoch that the
 // caller's own snapshot has. Residues stay and keep the role from opening, as in a switch.
-func (r rules) initRole(s *State, role, active string, members []string, known uint64, who string, now time.Time) error {
+func (r rules) initRole(s *State, role string, o order, members []string, known uint64, now time.Time) error {
 	row, ok := s.Roles[role]
 	if ok && row.Doubt == nil {
 		return fmt.Errorf("%w: role %s is %s on %s and not in doubt: use `posthouse switch %s --to %s`",
-			ErrConflict, role, row.Phase, row.Active, role, active)
+			ErrConflict, role, row.Phase, row.Active, role, o.to)
 	}
 	if !ok || len(row.Members) == 0 {
 		row.Members = slices.Sorted(slices.Values(members))
 	}
-	c := change{s: s, role: role, row: row, to: active}
+	c := change{s: s, role: role, row: row, to: o.to, acceptStale: o.acceptStale}
 	if err := r.check(c, initGuards); err != nil {
 		return err
 	}
@@ -139,10 +139,19 @@ func (r rules) initRole(s *State, role, active string, members []string, known u
 	for _, f := range s.Frontends {
 		known = max(known, f.Floors[role])
 	}
+	if q := row.Request; q != nil { // the other roles that it asks for go free
+		if err := r.refuse(s, role, q.Number, "role "+role+" is decided anew", now); err != nil {
+			return err
+		}
+	}
 	s.Switches++
 	s.Roles[role] = Row{Members: row.Members, Epoch: max(known, row.Epoch) + 1, Phase: PhaseHold, Residues: row.Residues, Seen: Seen{All: true}, Stale: row.Stale,
-		Switch: &Switch{Number: s.Switches, To: active, Who: who, Why: "roles init", Started: now, Roles: []string{role}, Steps: []Step{{PhaseHold, now}}}}
+		Switch: &Switch{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, AcceptStale: o.acceptStale, Started: now, Roles: []string{role}, Steps: []Step{{PhaseHold, now}}}}
 	return nil
 }
 
-var initGuards = []guard{holdGuards[3], holdGuards[6]}
+var initGuards = []guard{
+	guardNamed("the new active is a member"),
+	guardNamed("the new active is not stale"),
+	guardNamed("every registered frontend knows the new active"),
+}

@@ -2,6 +2,7 @@ package routing
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -126,7 +127,8 @@ func changes(old, now *State) []Event {
 		}
 	}
 	for _, rec := range now.History {
-		if len(old.History) == 0 || rec.Number > old.History[len(old.History)-1].Number {
+		// Not by its number: of two switches the later one may end first.
+		if !slices.ContainsFunc(old.History, func(o SwitchRecord) bool { return o.Number == rec.Number && o.Role == rec.Role }) {
 			kind, serves := EventOpened, rec.To
 			if !rec.Done {
 				kind, serves = EventAborted, rec.From

@@ -12,6 +12,7 @@ import (
 type hosts struct {
 	up    uint8 // serves, as the master
 	lacks uint8 // acknowledged mail is missing there
+	off   uint8 // by the operator's word
 	torn  uint8 // and has some that its peer has not: no catch-up can settle that
 	ran   step8 // whose hook the driver has run
 	undid step8 // whose undo hook it has run
@@ -36,6 +37,7 @@ func (n *node) cut(backend int) {
 
 func (n *node) rejoin(backend int) {
 	n.cut(backend)
+	n.hosts.off &^= 1 << backend
 	n.hosts.torn &^= 1 << backend
 	n.hosts.lacks &^= 1 << backend
 }
@@ -82,11 +84,12 @@ func (e *explorer) commit(n *node, to uint16) {
 	switch {
 	case was.Active != is.Active && !slices.Contains(e.hooks, HookDemote):
 		n.hosts.up = into
-	case was.Active == is.Active && was.Switch.AcceptLoss:
-		n.hosts.up |= from // it was repaired
+	case was.Active == is.Active && n.hosts.off&from != 0:
+		n.hosts.up |= from // who has aborted that has repaired it
+		n.hosts.off &^= from
 	case was.Active != is.Active && was.Switch.Failover && n.hosts.lacks&into != 0:
 		n.hosts.lacks = n.hosts.lacks&^into | from // and the loss accepted
-		n.hosts.torn |= from
+		n.hosts.torn = n.hosts.torn&^into | from
 	}
 }
 
@@ -162,6 +165,7 @@ func (e *explorer) runHook(n node, row Row, hook Hook, op storeOp) {
 		}
 	case HookPromote:
 		m.hosts.up |= 1 << to
+		m.hosts.off &^= 1 << to
 	}
 	if m != n && hook != HookCatchUp {
 		e.visit(m, step{what: string(hook) + " fails half way"})

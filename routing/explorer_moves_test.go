@@ -44,9 +44,19 @@ func (e *explorer) expandStore(n node) {
 	if n.failovers > 0 {
 		less := func(m *node) { m.failovers-- }
 		try(storeOp{kind: "failover"}, less)
-		try(storeOp{kind: "failover, loss accepted"}, func(m *node) { // the operator is right
-			less(m)
-			m.cut(int(backendNumber(e.states[m.store].Roles["r"].Active)))
+		for _, kind := range []string{"failover, loss accepted", "failover, stale accepted"} {
+			try(storeOp{kind: kind}, func(m *node) { // the operator is right
+				less(m)
+				active := backendNumber(e.states[m.store].Roles["r"].Active)
+				m.cut(int(active))
+				m.hosts.off |= 1 << active
+			})
+		}
+	}
+	if n.abandons > 0 {
+		try(storeOp{kind: "abandon"}, func(m *node) {
+			m.abandons--
+			m.cut(int(backendNumber(e.states[m.store].Roles["r"].Switch.To)))
 		})
 	}
 	if len(e.states[n.store].Roles["r"].Stale) > 0 {

@@ -20,6 +20,8 @@ var scenarios = []scenario{
 	{name: "catch-up only", frontends: 2, holds: 1, starts: 2, crashes: 1, unproven: true, mail: true, hooks: []Hook{HookCatchUp, HookProve}},
 	{name: "two drivers", frontends: 1, holds: 2, starts: 1, unproven: true, mail: true, hooks: AllHooks, drivers: true},
 	{name: "failover", frontends: 1, holds: 2, starts: 2, crashes: 1, unproven: true, mail: true, hooks: AllHooks, failovers: 1},
+	{name: "failover and back", frontends: 1, holds: 1, starts: 1, unproven: true, mail: true, hooks: AllHooks, failovers: 2},
+	{name: "the new active dies", frontends: 1, holds: 2, starts: 1, unproven: true, mail: true, hooks: AllHooks, abandons: 1, drivers: true},
 	{name: "failover, two drivers", frontends: 1, holds: 1, starts: 1, unproven: true, mail: true, hooks: AllHooks, failovers: 1, drivers: true},
 	{name: "the store is away", frontends: 2, holds: 2, starts: 2, unproven: true, lost: 1},
 	{name: "comparison", frontends: 2, holds: 2, starts: 2, unproven: true, mail: true, hooks: []Hook{HookCatchUp}, requests: true},

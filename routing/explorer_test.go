@@ -34,6 +34,7 @@ type scenario struct {
 	noticed   bool // and no role opens before the process has registered anew
 	hooks     []Hook
 	failovers int
+	abandons  int  // by an operator who knows that the new active is down
 	drivers   bool // a second one, whose step may be long on its way
 	lost      int  // messages of frontends that are long on their way, their answers lost
 	requests  bool // switches begin with a request and a comparison
@@ -126,7 +127,7 @@ type node struct {
 	hosts  hosts
 	late   opID // the step of a driver that is long on its way
 	// What may still happen.
-	holds, starts, crashes, fences, failovers, lost, stops, ends uint8
+	holds, starts, crashes, fences, failovers, lost, stops, ends, abandons uint8
 }
 
 // step says how a node came about: cheap to make, printed for a trace only.
@@ -194,7 +195,7 @@ func explore(sc scenario, m mutation) *explorer {
 	s := emptyState()
 	s.Roles["r"] = Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: PhaseOpen}
 	n := node{holds: uint8(sc.holds), starts: uint8(sc.starts), crashes: uint8(sc.crashes), fences: uint8(sc.fences),
-		failovers: uint8(sc.failovers), lost: uint8(sc.lost), stops: uint8(sc.stops), ends: uint8(sc.leases), hosts: hosts{up: 1 << backendA}}
+		failovers: uint8(sc.failovers), lost: uint8(sc.lost), stops: uint8(sc.stops), ends: uint8(sc.leases), abandons: uint8(sc.abandons), hosts: hosts{up: 1 << backendA}}
 	n.store = e.intern(s)
 	e.current = -1
 	e.visit(n, step{})
@@ -252,7 +253,8 @@ func (e *explorer) intern(s *State) uint16 {
 	s.History, s.Revision = nil, 0
 	row := s.Roles["r"]
 	if sw := row.Switch; sw != nil {
-		row.Switch = &Switch{Number: sw.Number, To: sw.To, Begun: sw.Begun, Hooks: sw.Hooks, Failover: sw.Failover, AcceptLoss: sw.AcceptLoss}
+		row.Switch = &Switch{Number: sw.Number, To: sw.To, Begun: sw.Begun, Hooks: sw.Hooks, Failover: sw.Failover, AcceptLoss: sw.AcceptLoss,
+			AcceptStale: sw.AcceptStale}
 	}
 	if !e.drivers && !e.requests { // the number tells nobody anything
 		s.Switches = 0
@@ -391,8 +393,11 @@ func (e *explorer) apply(s *State, op storeOp) error {
 	case "fence":
 		delete(s.Frontends, id)
 		return nil
-	case "failover", "failover, loss accepted":
-		return e.r.failover(s, []string{"r"}, order{to: other(row.Active), hooks: e.hooks, acceptLoss: op.kind != "failover"}, now)
+	case "failover", "failover, loss accepted", "failover, stale accepted":
+		o := order{to: other(row.Active), hooks: e.hooks, acceptLoss: op.kind != "failover", acceptStale: op.kind == "failover, stale accepted"}
+		return e.r.failover(s, []string{"r"}, o, now)
+	case "abandon":
+		return e.r.abandon(s, "r", "", now)
 	case "rejoin":
 		if _, err := e.r.rejoining(s, "r", other(row.Active)); err != nil {
 			return err

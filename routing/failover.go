@@ -15,6 +15,11 @@ type FailoverRequest struct {
 	// AcceptLoss: go on without proof that the old active is off. What it still
 	// does, and what it has not replicated, is lost.
 	AcceptLoss bool
+	// AcceptStale: To may be stale itself, because the active has died before To
+	// could rejoin. What the active took since is lost.
+	AcceptStale bool
+	// ConfirmedClean is a SwitchRequest's: for members other than the active.
+	ConfirmedClean bool
 }
 
 // Failover opens To without the old active's help, and waits for the outcome as
@@ -28,7 +33,8 @@ func (t *Table) Failover(ctx context.Context, req FailoverRequest, progress func
 		if err != nil {
 			return err
 		}
-		o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, acceptLoss: req.AcceptLoss}
+		o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, acceptLoss: req.AcceptLoss, acceptStale: req.AcceptStale,
+			confirmedClean: req.ConfirmedClean}
 		return t.rules.failover(s, roles, o, now)
 	})
 }
@@ -36,6 +42,9 @@ func (t *Table) Failover(ctx context.Context, req FailoverRequest, progress func
 // failover holds roles whose active is dead.
 func (r rules) failover(s *State, roles []string, o order, now time.Time) error {
 	s.Switches++
+	if o.confirmedClean {
+		s.clean(roles)
+	}
 	// What was begun for one role was begun on the backend of all: it is undone
 	// for all.
 	var begun []Phase
@@ -49,7 +58,7 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 		if err != nil {
 			return err
 		}
-		c := change{s: s, role: role, row: row, to: o.to, isFenced: o.acceptLoss || slices.Contains(o.hooks, HookFence)}
+		c := change{s: s, role: role, row: row, to: o.to, isFenced: o.acceptLoss || slices.Contains(o.hooks, HookFence), acceptStale: o.acceptStale}
 		if err := r.check(c, failoverGuards); err != nil {
 			return err
 		}
@@ -63,7 +72,7 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 			row.Epoch++
 		}
 		row.Phase = PhaseHold
-		row.Switch = &Switch{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Started: now, Failover: true, AcceptLoss: o.acceptLoss,
+		row.Switch = &Switch{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Started: now, Failover: true, AcceptLoss: o.acceptLoss, AcceptStale: o.acceptStale,
 			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Begun: slices.Clone(begun), Steps: []Step{{PhaseHold, now}}}
 		s.Roles[role] = row
 	}

@@ -183,3 +183,133 @@ func TestFailoverGoesWhereThePromotionBegan(t *testing.T) {
 		t.Errorf("begun: %v", begun)
 	}
 }
+
+// a was left behind, and then b dies before a could rejoin: a opens with what it
+// has, on the operator's word, and b is the stale one.
+func TestFailoverToAStaleMember(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{}
+		f := h.startWith(l, HookFence, HookPromote, HookUndoPromote, HookRejoin)
+		if err := f.failover(false, "b"); err != nil {
+			t.Fatal(err)
+		}
+		again := FailoverRequest{Role: "ma01", To: "a", Who: "root"}
+		isStale := func(want string) {
+			t.Helper()
+			row := f.Snapshot().Roles["ma01"]
+			if _, is := row.Stale[want]; !is || len(row.Stale) != 1 || row.Active == want {
+				t.Errorf("on %s, stale: %v, want %s", row.Active, row.Stale, want)
+			}
+		}
+		if _, err := f.Failover(t.Context(), again, nil); err == nil || !strings.Contains(err.Error(), "--accept-stale") {
+			t.Errorf("to a stale member: %v", err)
+		}
+		again.AcceptStale = true
+		l.fail = map[Hook]error{HookPromote: errors.New("exit status 1")}
+		if _, err := f.Failover(t.Context(), again, nil); err == nil {
+			t.Error("it opened though its promotion failed")
+		}
+		isStale("a") // an abort changes nothing of it
+		l.fail = nil
+		if _, err := f.Failover(t.Context(), again, nil); err != nil {
+			t.Error(err)
+		}
+		isStale("b")
+		if _, err := f.Rejoin(t.Context(), "ma01", "b"); err != nil {
+			t.Error(err)
+		}
+		f.mustSwitch(toB)
+		f.stop()
+	})
+}
+
+// b dies for good while it is promoted, and there is no undo_promote, or none that
+// ends: on the operator's word a serves on, and b is stale.
+func TestAbortWhenTheNewActiveIsDown(t *testing.T) {
+	dead := map[Hook]error{HookPromote: errors.New("b does not answer"), HookUndoPromote: errors.New("b does not answer")}
+	for name, c := range map[string]struct {
+		slow map[Hook]time.Duration
+		has  []Hook
+	}{
+		"no undo":           {nil, []Hook{HookDemote, HookPromote, HookUndoDemote}},
+		"undo fails":        {nil, []Hook{HookDemote, HookPromote, HookUndoDemote, HookUndoPromote}},
+		"undo at work":      {map[Hook]time.Duration{HookUndoPromote: time.Hour}, []Hook{HookDemote, HookPromote, HookUndoDemote, HookUndoPromote}},
+		"promotion at work": {map[Hook]time.Duration{HookPromote: time.Hour}, []Hook{HookDemote, HookPromote, HookUndoDemote}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newHost(t)
+				l := &hookLog{fail: dead, slow: c.slow}
+				f := h.startWith(l, append(c.has, HookRejoin)...)
+				isDown := AbortRequest{Role: "ma01", Who: "root", Why: "b burns", ConfirmedDown: true}
+				if err := f.Abort(t.Context(), isDown); err == nil {
+					t.Error("turned back what does not exist")
+				}
+				done := f.goSwitch(toB)
+				time.Sleep(10 * time.Minute) // it is stuck, or its hook takes its time
+				if !slices.Contains(c.has, HookUndoPromote) {
+					if err := f.Abort(t.Context(), AbortRequest{Role: "ma01"}); err == nil {
+						t.Error("turned back without a word on b")
+					}
+				}
+				began := time.Now()
+				if err := f.Abort(t.Context(), isDown); err != nil {
+					t.Fatal(err)
+				}
+				if err := <-done; err == nil || !strings.Contains(err.Error(), "a serves on") || time.Since(began) > time.Minute {
+					t.Errorf("after %v: %v", time.Since(began), err)
+				}
+				row := f.Snapshot().Roles["ma01"]
+				if _, is := row.Stale["b"]; !is || row.Active != "a" || row.Phase != PhaseOpen || l.ran[len(l.ran)-1] != HookUndoDemote || l.most != 1 {
+					t.Errorf("%+v after %v, %d at a time", row, l.ran, l.most)
+				}
+				f.mustFail(toB, "posthouse rejoin ma01 b")
+				f.stop()
+			})
+		})
+	}
+}
+
+// Before anything has begun at b there is nothing to abandon.
+func TestAbandonNeedsAPromotion(t *testing.T) {
+	s, r := table(t), rules{}
+	mustHold(t, s, HookDemote, HookPromote)
+	if err := r.abandon(s, "r", "", explorerTime); !errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), "without --confirmed-down") {
+		t.Errorf("in HOLD: %v", err)
+	}
+}
+
+// The word that the old active is off says nothing of a third member.
+func TestAcceptedLossIsOfTheOldActive(t *testing.T) {
+	s, r := table(t), rules{}
+	row := s.Roles["r"]
+	row.Residues = []Residue{{Backend: "a", User: "u"}, {Backend: "c", User: "v"}}
+	s.Roles["r"] = row
+	o := order{to: "b", acceptLoss: true}
+	if err := errors.Join(r.failover(s, []string{"r"}, o, explorerTime), r.ack(s, "f.1", "r", 5, handed{})); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.open(s.Clone(), "r", explorerTime); err == nil || strings.Contains(err.Error(), "work of u") || !strings.Contains(err.Error(), "work of v") {
+		t.Errorf("opened over what runs on c: %v", err)
+	}
+	o.confirmedClean = true
+	if err := errors.Join(r.failover(s, []string{"r"}, o, explorerTime), r.open(s, "r", explorerTime)); err != nil {
+		t.Error(err)
+	}
+}
+
+// A failover by proof takes over one by word, whose promotion has begun: however it
+// came about, the promotion is undone first, or both would be masters.
+func TestAbortUndoesThePromotionFirst(t *testing.T) {
+	s, r, now := table(t), rules{}, explorerTime
+	to := order{to: "b", hooks: AllHooks, acceptLoss: true}
+	proven := order{to: "b", hooks: AllHooks}
+	if err := errors.Join(r.failover(s, []string{"r"}, to, now), r.ack(s, "f.1", "r", 5, handed{}), r.advance(s, "r", PhaseHold, now),
+		r.failover(s, []string{"r"}, proven, now), r.advance(s, "r", PhaseHold, now), r.abort(s, "r", "", now)); err != nil {
+		t.Fatal(err)
+	}
+	if do, why := decideUndo(s.Roles["r"], driving{}); do != moveUndo || why != string(HookUndoPromote) {
+		t.Errorf("%v %s: %v was begun", do, why, s.Roles["r"].Switch.Begun)
+	}
+}

@@ -115,6 +115,8 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	case row.Switch == nil || row.Switch.Number != mine.number:
 		delete(d.switches, end.number)
 	case row.Phase != in: // aborted under it
+	case isUndo(end.run.Hook) && !row.Switch.begun(row.Switch.undoes(end.run.Hook)): // nothing is to be undone any more
+		mine.retrying = time.Time{}
 	case end.err == nil:
 		mine.retrying = time.Time{}
 		d.hookDone(mine, row, end.run.Hook)

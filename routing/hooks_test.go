@@ -213,10 +213,10 @@ func TestAbortEndsTheHookAtWork(t *testing.T) {
 		f := h.startWith(l, HookDemote, HookCatchUp, HookUndoDemote)
 		go func() {
 			time.Sleep(2 * time.Second)
-			if err := f.Abort(t.Context(), "ma01", "root", "wrong role"); err != nil {
+			if err := f.Abort(t.Context(), AbortRequest{Role: "ma01", Who: "root", Why: "wrong role"}); err != nil {
 				t.Error(err)
 			}
-			if err := f.Abort(t.Context(), "ma01", "root", "again"); err == nil {
+			if err := f.Abort(t.Context(), AbortRequest{Role: "ma01", Who: "root", Why: "again"}); err == nil {
 				t.Error("aborted twice")
 			}
 		}()
@@ -247,7 +247,7 @@ func TestStuckSwitchIsResumed(t *testing.T) {
 			if len(l.ran) != tries {
 				t.Error("a stuck switch ran a hook")
 			}
-			if err := f.Abort(t.Context(), "ma01", "root", ""); err == nil || !strings.Contains(err.Error(), "no undo_promote") {
+			if err := f.Abort(t.Context(), AbortRequest{Role: "ma01", Who: "root", Why: ""}); err == nil || !strings.Contains(err.Error(), "no undo_promote") {
 				t.Errorf("abort of what has no way back: %v", err)
 			}
 			delete(l.fail, HookPromote)

@@ -39,14 +39,27 @@ func (t *Table) requests(s *State, req SwitchRequest, planOnly bool, now time.Ti
 	return t.rules.request(s, roles, o, planOnly, now)
 }
 
+// AbortRequest asks for the way back from a switch.
+type AbortRequest struct {
+	Role     string
+	Who, Why string
+	// ConfirmedDown: the new active is down, and stays down, after its promotion
+	// had begun: without any undo_promote it is left behind, and stale.
+	ConfirmedDown bool
+}
+
 // Abort turns the switch of a role back, with all roles that are switched with
 // it. It returns when that is written; whoever drives switches undoes what was
 // begun. It fails if there is no switch, or no way back.
-func (t *Table) Abort(ctx context.Context, role, who, why string) error {
-	if why = "aborted by " + who + ": " + why; who == "" {
+func (t *Table) Abort(ctx context.Context, req AbortRequest) error {
+	why := "aborted by " + req.Who + ": " + req.Why
+	if req.Who == "" {
 		why = "aborted by the operator"
 	}
-	return t.steer(ctx, role, "aborting", func(s *State, role string) error {
+	return t.steer(ctx, req.Role, "aborting", func(s *State, role string) error {
+		if req.ConfirmedDown {
+			return t.rules.abandon(s, role, why, time.Now())
+		}
 		if q := s.Roles[role].Request; q != nil {
 			return t.rules.refuse(s, role, q.Number, why, time.Now())
 		}
@@ -76,12 +89,14 @@ func (t *Table) steer(ctx context.Context, role, what string, rule func(s *State
 
 // InitRole is the operator's decision which backend serves a role that is in
 // doubt or not yet in the table, and waits until it is open there. Unlike a
-// switch it has no way back: it waits for every ack.
-func (t *Table) InitRole(ctx context.Context, role, active, who string) (SwitchRecord, error) {
+// switch it has no way back: it waits for every ack, and until no residue is in
+// the way. acceptStale: active may be stale.
+func (t *Table) InitRole(ctx context.Context, role, active, who string, acceptStale bool) (SwitchRecord, error) {
 	members := t.opt.Roles[role].Members
 	kept := t.Snapshot().Roles[role]
 	return t.begin(ctx, role, nil, func(s *State, now time.Time) error {
-		return t.rules.initRole(s, role, active, members, kept.Epoch, who, now)
+		o := order{to: active, who: who, why: "roles init", acceptStale: acceptStale}
+		return t.rules.initRole(s, role, o, members, kept.Epoch, now)
 	})
 }
 

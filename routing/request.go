@@ -41,6 +41,8 @@ type Report struct {
 	// Unreachable says which services of the new active cannot be reached from
 	// there, and why; empty if all can.
 	Unreachable string `json:"unreachable,omitempty"`
+	// HooksDigest is RoleConfig's.
+	HooksDigest string `json:"hooks_digest,omitempty"`
 }
 
 const (
@@ -170,8 +172,12 @@ func (r rules) refuse(s *State, role string, number uint64, why string, now time
 func (s *State) obstacle(row Row) (why string, mayPass bool) {
 	q := row.Request
 	var missing, unready []string
+	hooks := make(map[string]string) // a frontend by its digest
 	for _, id := range sortedKeys(s.Frontends) {
 		r, reported := q.Reports[id]
+		if reported {
+			hooks[r.HooksDigest] = id
+		}
 		switch {
 		case !reported:
 			missing = append(missing, id)
@@ -181,6 +187,10 @@ func (s *State) obstacle(row Row) (why string, mayPass bool) {
 			unready = append(unready, fmt.Sprintf("frontend %s has %d sessions and %d places for logins to wait: raise limits.max_parked and limits.max_parked_per_role",
 				id, r.Sessions, r.Places))
 		}
+	}
+	if len(hooks) > 1 {
+		unready = append(unready, fmt.Sprintf("frontends %s have different hooks, scope or catch_up for the role in their configuration: any of them may drive the switch",
+			listed(slices.Sorted(maps.Values(hooks)))))
 	}
 	if len(unready) > 0 {
 		return "preflight: " + strings.Join(unready, "; "), false
@@ -258,7 +268,8 @@ func (t *Table) prepareReport(role, unreachable string) (Report, handed) {
 		g.see(s.User)
 	}
 	free := t.opt.Parking.Total - t.slots[slot{slotTotal, ""}]
-	return Report{Sessions: len(g.stays), Places: min(free, t.opt.Parking.Role), Unreachable: unreachable}, hand
+	return Report{Sessions: len(g.stays), Places: min(free, t.opt.Parking.Role), Unreachable: unreachable,
+		HooksDigest: t.opt.Roles[role].HooksDigest}, hand
 }
 
 // stepRequest does what is due for a request. row is that of its first role.

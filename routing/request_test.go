@@ -136,7 +136,7 @@ func TestRequestIsAborted(t *testing.T) {
 		done := f.goSwitch(toB)
 		synctest.Wait()
 		f.mustFail(toB, "switch 1 to b is being prepared")
-		if err := f.Abort(t.Context(), "ma01", "root", "not today"); err != nil {
+		if err := f.Abort(t.Context(), AbortRequest{Role: "ma01", Who: "root", Why: "not today"}); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-done; err == nil || !strings.Contains(err.Error(), "not today") {
@@ -193,5 +193,21 @@ func TestWordCoversNothingNewer(t *testing.T) {
 		f.mustSwitch(clean(toB))
 		f.stop()
 		g.stop()
+	})
+}
+
+// Any frontend may drive the switch: all must have the same hooks.
+func TestFrontendsWithOtherHooks(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.startWith(&hookLog{}, HookDemote)
+		c := h.opt.Roles["ma01"]
+		c.HooksDigest = "another"
+		h.opt.Roles = map[string]RoleConfig{"ma01": c}
+		g := h.start("g")
+		f.mustFail(toB, "preflight: ", f.ID(), g.ID(), "different hooks")
+		g.stop()
+		f.mustSwitch(toB)
+		f.stop()
 	})
 }

@@ -160,7 +160,7 @@ func (e *lostExplorer) expand(w *lostWorld, first *State) {
 	}
 	if w.Inits > 0 && e.allNoticed(w) {
 		for _, to := range []string{"a", "b"} {
-			next := e.update(w.Store, "init "+to, func(s *State) error { return e.r.initRole(s, "r", to, []string{"a", "b"}, 0, "", now) })
+			next := e.update(w.Store, "init "+to, func(s *State) error { return e.r.initRole(s, "r", order{to: to}, []string{"a", "b"}, 0, now) })
 			if next != nil {
 				m := *w
 				m.Store, m.Inits = next, 0

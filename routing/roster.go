@@ -14,6 +14,8 @@ type RoleConfig struct {
 	Active string
 	// Hooks that the site has for a switch of the role.
 	Hooks []Hook
+	// HooksDigest is of what they are and do: the same at all frontends.
+	HooksDigest string
 	// Scope says what the hooks touch; the zero value is ScopeBackend.
 	Scope Scope
 }

@@ -33,6 +33,8 @@ type change struct {
 	number uint64
 	// isFenced: the old active is proven to be off, or nobody needs proof.
 	isFenced bool
+	// acceptStale: the new active may be stale.
+	acceptStale bool
 	// proves: a hook may clear the residues on the old active.
 	proves bool
 }
@@ -121,9 +123,9 @@ var holdGuards = []guard{
 		return ""
 	}},
 	{"the new active is not stale", func(c change) string {
-		if stale, ok := c.row.Stale[c.to]; ok {
-			return fmt.Sprintf("%s was left behind by failover %d at %s: `posthouse rejoin %s %s` first", c.to, stale.Number,
-				stale.Since.UTC().Format(time.DateTime), c.role, c.to)
+		if stale, ok := c.row.Stale[c.to]; ok && !c.acceptStale {
+			return fmt.Sprintf("%s was left behind by switch %d at %s: `posthouse rejoin %s %s` first; if nobody is left to rejoin, failover and "+
+				"roles init take --accept-stale", c.to, stale.Number, stale.Since.UTC().Format(time.DateTime), c.role, c.to)
 		}
 		return ""
 	}},
@@ -168,12 +170,13 @@ func (s *State) missingAcks(role string) []string {
 
 // residuesElsewhere are those that keep a role from opening on backend.
 func residuesElsewhere(row Row, backend string) []Residue {
+	isOff := "" // on the operator's word
 	if row.Switch != nil && row.Switch.AcceptLoss {
-		return nil // on the operator's word
+		isOff = row.Active
 	}
 	var rest []Residue
 	for _, r := range row.Residues {
-		if r.Backend != backend {
+		if r.Backend != backend && r.Backend != isOff {
 			rest = append(rest, r)
 		}
 	}

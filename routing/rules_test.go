@@ -50,6 +50,11 @@ func refusals(t *testing.T, r rules) []refusal {
 		row.Residues = []Residue{{Backend: "a", User: "u"}}
 		s.Roles["r"] = row
 	}
+	stale := func(s *State) {
+		row := s.Roles["r"]
+		row.Stale, row.Doubt = map[string]Stale{"b": {Number: 1}}, &Doubt{Known: 4}
+		s.Roles["r"] = row
+	}
 	asks := func(s *State) {
 		if err := (rules{}).request(s, []string{"r"}, order{to: "b"}, false, now); err != nil {
 			t.Fatal(err)
@@ -91,8 +96,12 @@ func refusals(t *testing.T, r rules) []refusal {
 		{"members: without the active", nil, func(s *State) error { return r.setMembers(s, "r", []string{"b", "c"}) }, "its active a"},
 		{"members: in a switch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.setMembers(s, "r", []string{"a", "b"}) }, "while it is switched"},
 		{"members: fewer", nil, func(s *State) error { return r.setMembers(s, "r", []string{"a", "b"}) }, ""},
-		{"init: not in doubt", nil, func(s *State) error { return r.initRole(s, "r", "b", nil, 0, "", now) }, "posthouse switch"},
-		{"init: no member", nil, func(s *State) error { return r.initRole(s, "new", "z", []string{"a"}, 0, "", now) }, "not one of a"},
+		{"init: not in doubt", nil, func(s *State) error { return r.initRole(s, "r", order{to: "b", who: ""}, nil, 0, now) }, "posthouse switch"},
+		{"init: stale", stale, func(s *State) error { return r.initRole(s, "r", order{to: "b"}, nil, 0, now) }, "--accept-stale"},
+		{"init: stale, accepted", stale, func(s *State) error {
+			return r.initRole(s, "r", order{to: "b", acceptStale: true}, nil, 0, now)
+		}, ""},
+		{"init: no member", nil, func(s *State) error { return r.initRole(s, "new", order{to: "z", who: ""}, []string{"a"}, 0, now) }, "not one of a"},
 		{"take up: ended", nil, func(s *State) error { return r.takeUp(s, "r", 1) }, "has ended"},
 		{"hold: another is asked for", asks, hold("r", "b", false), "is being prepared"},
 		{"failover: no proof", nil, failover("b", order{}), "--accept-loss"},
@@ -195,7 +204,7 @@ func TestInitRoleIsAboveEverythingKnown(t *testing.T) {
 		if err := r.markDoubt(s, "r", Row{Epoch: c.doubt, Residues: []Residue{{Backend: "a"}}}, "f.1", "went back", explorerTime); err != nil {
 			t.Fatal(err)
 		}
-		if err := r.initRole(s, "r", "b", nil, c.known, "who", explorerTime); err != nil {
+		if err := r.initRole(s, "r", order{to: "b", who: "who"}, nil, c.known, explorerTime); err != nil {
 			t.Fatal(err)
 		}
 		row := s.Roles["r"]
@@ -269,5 +278,31 @@ func TestResidueTextIsShort(t *testing.T) {
 	}
 	if text := residueText("r", rest); len(text) > 1000 || !strings.Contains(text, "4995 more") {
 		t.Error(text)
+	}
+}
+
+// Who is decided anew leaves no request behind in the roles that were to be
+// switched with it.
+func TestInitRoleEndsItsRequest(t *testing.T) {
+	s, r := table(t), rules{}
+	s.Roles["q"] = Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: PhaseOpen}
+	if err := errors.Join(r.request(s, []string{"r", "q"}, order{to: "b"}, false, explorerTime),
+		r.markDoubt(s, "r", Row{Epoch: 9}, "f.1", "went back", explorerTime),
+		r.initRole(s, "r", order{to: "a"}, nil, 9, explorerTime)); err != nil {
+		t.Fatal(err)
+	}
+	if s.Roles["r"].Request != nil || s.Roles["q"].Request != nil {
+		t.Errorf("%+v", s.Roles)
+	}
+}
+
+// Of two switches the later one may end first: both ends are told.
+func TestEndsAreToldInAnyOrder(t *testing.T) {
+	first, second := emptyState(), emptyState()
+	first.History = []SwitchRecord{{Role: "r", Switch: Switch{Number: 3}, Done: true}}
+	second.History = append(slices.Clone(first.History), SwitchRecord{Role: "q", Switch: Switch{Number: 2}, Done: true})
+	events := changes(first, second)
+	if len(events) != 1 || events[0].Kind != EventOpened || events[0].Role != "q" {
+		t.Errorf("%+v", events)
 	}
 }

@@ -136,7 +136,7 @@ func TestSafety14WipedStore(t *testing.T) {
 		// The operator decides; alice must have left b before a opens.
 		done := make(chan error, 1)
 		go func() {
-			_, err := g.InitRole(context.Background(), "ma01", "a", "test")
+			_, err := g.InitRole(context.Background(), "ma01", "a", "test", false)
 			done <- err
 		}()
 		<-s.Revoked()

@@ -331,7 +331,7 @@ func (s *simulation) operate(p *simProcess, role, to string, verb int) {
 		_, err = p.table.Switch(ctx, SwitchRequest{Role: role, To: to, Who: "operator"}, nil)
 	case 1:
 		what = "abort"
-		err = p.table.Abort(ctx, role, "operator", "no reason")
+		err = p.table.Abort(ctx, AbortRequest{Role: role, Who: "operator", Why: "no reason"})
 	case 2:
 		what = "plan"
 		_, err = p.table.Plan(ctx, SwitchRequest{Role: role, To: to})

@@ -123,10 +123,12 @@ type Switch struct {
 	// nobody needs proof.
 	Failover   bool `json:"failover,omitempty"`
 	AcceptLoss bool `json:"accept_loss,omitempty"`
+	// AcceptStale: To may be stale, and is so no more when it opens.
+	AcceptStale bool `json:"accept_stale,omitempty"`
 	// Attempt grows each time a driver takes the switch up; hooks get it.
 	Attempt int `json:"attempt"`
-	// Begun lists the hook phases entered so far, in order; abort undoes
-	// them in reverse.
+	// Begun lists the hook phases entered so far, in their order; abort
+	// undoes them in reverse.
 	Begun []Phase `json:"begun,omitempty"`
 	// Steps records when each phase was entered.
 	Steps []Step `json:"steps"`

@@ -78,6 +78,19 @@ func (sw *Switch) has(h Hook) bool {
 
 func (sw *Switch) begun(p Phase) bool { return slices.Contains(sw.Begun, p) }
 
+// begin notes that a phase begins. A failover may have taken over a switch that
+// was further: whatever came first, the promotion is undone before the demotion.
+func (sw *Switch) begin(p Phase) {
+	if sw.begun(p) {
+		return
+	}
+	inOrder := func(p Phase) int {
+		return slices.IndexFunc(switchoverPhases, func(h hookPhase) bool { return h.phase == p })
+	}
+	sw.Begun = append(sw.Begun, p)
+	slices.SortFunc(sw.Begun, func(a, b Phase) int { return inOrder(a) - inOrder(b) })
+}
+
 // next is where the switch goes from p; phases without a hook are skipped.
 func (sw *Switch) next(p Phase) Phase {
 	past := p == PhaseHold
@@ -108,6 +121,7 @@ type order struct {
 	to, who, why string
 	hooks        []Hook
 	acceptLoss   bool // for a failover
+	acceptStale  bool // for a failover, or a decision
 	// confirmedClean is the operator's word that clears the roles' residues; for
 	// a request.
 	confirmedClean bool
@@ -272,9 +286,7 @@ func (r rules) advance(s *State, role string, from Phase, now time.Time) error {
 		return err
 	}
 	row.Phase = next
-	if !row.Switch.begun(next) { // by a switch that a failover has taken over
-		row.Switch.Begun = append(row.Switch.Begun, next)
-	}
+	row.Switch.begin(next)
 	row.Switch.Steps = append(row.Switch.Steps, Step{next, now})
 	s.Roles[role] = row
 	return nil
@@ -323,6 +335,42 @@ func (r rules) abort(s *State, role, why string, now time.Time) error {
 	row.Switch.Steps = append(row.Switch.Steps, Step{PhaseAbort, now})
 	s.Roles[role] = row
 	return nil
+}
+
+// abandon turns a switch back on the operator's word that its new active, which
+// has begun to be promoted, is down: nothing there needs to be undone. Nobody was
+// let in, but it may be a master if it comes back, so that it is stale.
+func (r rules) abandon(s *State, role, why string, now time.Time) error {
+	row, err := s.row(role)
+	sw := row.Switch
+	switch {
+	case err != nil:
+		return err
+	case sw == nil:
+		return fmt.Errorf("%w: role %s is open: there is no switch to turn back", ErrConflict, role)
+	case !sw.begun(PhasePromote):
+		return fmt.Errorf("%w: role %s: nothing has begun at %s: abort without --confirmed-down", ErrConflict, role, sw.To)
+	case row.Active == "":
+		return fmt.Errorf("%w: role %s: %s", ErrConflict, role, row.canAbort())
+	}
+	sw.Begun = slices.DeleteFunc(sw.Begun, func(p Phase) bool { return p == PhasePromote })
+	sw.Stuck = ""
+	if row.Phase != PhaseAbort {
+		row.Phase, sw.AbortWhy = PhaseAbort, why
+		sw.Steps = append(sw.Steps, Step{PhaseAbort, now})
+	}
+	row.leaveBehind(sw.To, sw.Number, now)
+	s.Roles[role] = row
+	return nil
+}
+
+// leaveBehind marks a member as stale.
+func (row *Row) leaveBehind(member string, number uint64, now time.Time) {
+	row.Stale = maps.Clone(row.Stale)
+	if row.Stale == nil {
+		row.Stale = make(map[string]Stale)
+	}
+	row.Stale[member] = Stale{Number: number, Since: now}
 }
 
 // stick stops a switch that can neither go on nor back; resume lets whoever
@@ -392,12 +440,12 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 	case done:
 		row.Seen = Seen{} // the catch-up has looked at them
 	}
-	if done && rec.Failover && rec.From != "" {
+	if done && rec.AcceptStale {
 		row.Stale = maps.Clone(row.Stale)
-		if row.Stale == nil {
-			row.Stale = make(map[string]Stale)
-		}
-		row.Stale[rec.From] = Stale{Number: rec.Number, Since: now}
+		delete(row.Stale, rec.To)
+	}
+	if done && rec.Failover && rec.From != "" {
+		row.leaveBehind(rec.From, rec.Number, now)
 		row.Residues = slices.DeleteFunc(row.Residues, func(res Residue) bool { return res.Backend == rec.From && rec.AcceptLoss })
 	}
 	s.Roles[role] = row

@@ -334,7 +334,7 @@ func TestInitNewRole(t *testing.T) {
 		if _, err := n.Enter(t.Context(), "dave"); err == nil || !strings.Contains(err.Error(), "roles init ma03") {
 			t.Errorf("Enter into a role outside the table: %v", err)
 		}
-		rec, err := n.InitRole(t.Context(), "ma03", "a", "test")
+		rec, err := n.InitRole(t.Context(), "ma03", "a", "test", false)
 		if err != nil || !rec.Done || rec.Epoch != 1 {
 			t.Fatalf("%+v, %v", rec, err)
 		}

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -259,6 +261,10 @@ func roleConfig(r config.Role) routing.RoleConfig {
 			c.Scope = routing.ScopeRole // a comparison touches nothing
 		}
 		c.Hooks = append(c.Hooks, routing.HookCatchUp)
+	}
+	if len(c.Hooks) > 0 {
+		what, _ := json.Marshal([]any{r.Hooks, c.Scope, r.CatchUp}) // strings and numbers
+		c.HooksDigest = fmt.Sprintf("%x", sha256.Sum256(what))[:16]
 	}
 	return c
 }

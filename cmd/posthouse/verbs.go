@@ -125,7 +125,7 @@ func printRoles(w io.Writer, list []admin.Role) {
 	_ = tab.Flush() // to memory
 	for _, r := range list {
 		for _, member := range slices.Sorted(maps.Keys(r.Stale)) {
-			fmt.Fprintf(w, "\n%s of %s is stale since failover %d: it cannot become active before `posthouse rejoin %s %s`\n",
+			fmt.Fprintf(w, "\n%s of %s is stale since switch %d: it cannot become active before `posthouse rejoin %s %s`\n",
 				member, r.Role, r.Stale[member].Number, r.Role, member)
 		}
 		if r.InDoubt {
@@ -174,7 +174,7 @@ func printResidues(w io.Writer, role string, all []routing.Residue) {
 	}
 }
 
-const confirmedClean = "I have looked: nothing of the role's past sessions runs on its backends (clears the residues)"
+const confirmedClean = "I have looked: nothing of the past sessions of the role, and of those that are switched with it, runs on their backends (clears the residues)"
 
 func initCommand() *cobra.Command {
 	var t target
@@ -183,7 +183,7 @@ func initCommand() *cobra.Command {
 		Use: "init ROLE --active BACKEND", Short: "Decide who serves a role that is in doubt", Args: cobra.ExactArgs(1),
 		Long: "Decide who serves a role that is in doubt, because the role table was lost or put back to an older\n" +
 			"state, or that is not in the table yet. Find out first which backend served last: it has the newest mail.\n" +
-			"The role opens when every frontend has confirmed that nobody is inside elsewhere.",
+			"The role opens when every frontend has confirmed that nobody is inside elsewhere, and no residue is in the way.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -198,6 +198,7 @@ func initCommand() *cobra.Command {
 	c.Flags().StringVar(&req.Active, "active", "", "the `BACKEND` that serves the role from now on")
 	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
 	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false, confirmedClean)
+	c.Flags().BoolVar(&req.AcceptStale, "accept-stale", false, "the backend may be stale: it opens with the mail that it has")
 	_ = c.MarkFlagRequired("active") // it is defined above
 	return c
 }

@@ -18,7 +18,9 @@ func failoverCommand() *cobra.Command {
 			"old one any more, and the role's fence hook must prove that it is off; --accept-loss goes on without proof.\n" +
 			"Replication is asynchronous: mail that the old backend has acknowledged and not yet passed on is not on the\n" +
 			"new one. The old one is marked as stale, and serves again only after `posthouse rejoin`.\n" +
-			"A switch that is in progress is taken over. If the old backend is alive, use `posthouse switch`.",
+			"A switch that is in progress is taken over. If the old backend is alive, use `posthouse switch`.\n" +
+			"If the new backend is stale itself, because the old one has died before it could rejoin, --accept-stale opens\n" +
+			"it with the mail that it has: what the old one took since is lost, but for what rejoin finds on it later.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -26,6 +28,10 @@ func failoverCommand() *cobra.Command {
 			}
 			req.Role, req.Who = args[0], operator()
 			rec, err := client.Failover(cmd.Context(), req, narrate(cmd.ErrOrStderr()))
+			if err == nil && rec.AcceptStale {
+				fmt.Fprintf(cmd.ErrOrStderr(), "note: %s was opened with the mail that it had when it was left behind, and all that %s took since is on %s only\n",
+					rec.To, rec.From, rec.From)
+			}
 			if err == nil {
 				fmt.Fprintf(cmd.ErrOrStderr(), "note: what %s had acknowledged and not passed on is not on %s; %s is stale until `posthouse rejoin %s %s`\n",
 					rec.From, rec.To, rec.From, rec.Role, rec.From)
@@ -37,6 +43,8 @@ func failoverCommand() *cobra.Command {
 	c.Flags().StringVar(&req.To, "to", "", "the `BACKEND` that shall serve the role")
 	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
 	c.Flags().BoolVar(&req.AcceptLoss, "accept-loss", false, "the old backend is off, on my word: go on without proof")
+	c.Flags().BoolVar(&req.AcceptStale, "accept-stale", false, "the new backend may be stale: what the old one took since is lost")
+	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false, confirmedClean)
 	_ = c.MarkFlagRequired("to") // it is defined above
 	return c
 }

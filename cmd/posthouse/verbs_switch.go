@@ -19,11 +19,15 @@ func switchCommand() *cobra.Command {
 	var req admin.SwitchRequest
 	var plan bool
 	var abort, resume string
+	var confirmedDown bool
 	c := &cobra.Command{
 		Use: "switch ROLE --to BACKEND", Short: "Make another backend serve a role",
 		Args: func(_ *cobra.Command, args []string) error {
 			steers := abort != "" || resume != ""
 			if steers && len(args) == 0 || !steers && len(args) == 1 && req.To != "" {
+				if confirmedDown && abort == "" {
+					return errors.New("--confirmed-down is for --abort")
+				}
 				return nil
 			}
 			return errors.New("switch needs ROLE and --to BACKEND, or --abort ROLE, or --resume ROLE")
@@ -39,7 +43,7 @@ func switchCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			steer := admin.SteerRequest{Role: abort + resume, Who: operator(), Reason: req.Reason}
+			steer := admin.SteerRequest{Role: abort + resume, Who: operator(), Reason: req.Reason, ConfirmedDown: confirmedDown}
 			switch {
 			case abort != "":
 				return client.Abort(cmd.Context(), steer)
@@ -64,6 +68,8 @@ func switchCommand() *cobra.Command {
 	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false, confirmedClean)
 	c.Flags().BoolVar(&plan, "plan", false, "say what would happen, and change nothing")
 	c.Flags().StringVar(&abort, "abort", "", "turn back the switch of `ROLE`")
+	c.Flags().BoolVar(&confirmedDown, "confirmed-down", false,
+		"with --abort: the new backend, whose promotion has begun, is down and stays down (it is stale then)")
 	c.Flags().StringVar(&resume, "resume", "", "let the switch of `ROLE` go on that waits for you")
 	c.MarkFlagsMutuallyExclusive("abort", "resume", "to")
 	c.MarkFlagsMutuallyExclusive("abort", "resume", "plan")

@@ -79,6 +79,10 @@ type FailoverRequest struct {
 	Reason string `json:"reason,omitempty"`
 	// AcceptLoss: without proof that the old active is off.
 	AcceptLoss bool `json:"accept_loss,omitempty"`
+	// AcceptStale: To may be stale; what the active took since is lost.
+	AcceptStale bool `json:"accept_stale,omitempty"`
+	// ConfirmedClean is a SwitchRequest's.
+	ConfirmedClean bool `json:"confirmed_clean,omitempty"`
 }
 
 // RejoinRequest makes a stale member a copy of the active again.
@@ -98,6 +102,8 @@ type SteerRequest struct {
 	Role   string `json:"role"`
 	Who    string `json:"who,omitempty"`
 	Reason string `json:"reason,omitempty"`
+	// ConfirmedDown, of an abort: the new active is down, and stays down.
+	ConfirmedDown bool `json:"confirmed_down,omitempty"`
 }
 
 // Switches are those in progress and the last that have ended, oldest first.
@@ -121,6 +127,8 @@ type InitRequest struct {
 	Reason string `json:"reason,omitempty"`
 	// ConfirmedClean is a SwitchRequest's.
 	ConfirmedClean bool `json:"confirmed_clean,omitempty"`
+	// AcceptStale: Active may be stale.
+	AcceptStale bool `json:"accept_stale,omitempty"`
 }
 
 // Progress is one line of the answer to a switch. The last line has Record,

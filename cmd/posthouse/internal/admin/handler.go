@@ -147,7 +147,7 @@ func (h *handler) initRole(w http.ResponseWriter, r *http.Request) {
 				return routing.SwitchRecord{}, err
 			}
 		}
-		return h.Table.InitRole(ctx, req.Role, req.Active, who)
+		return h.Table.InitRole(ctx, req.Role, req.Active, who, req.AcceptStale)
 	})
 }
 

@@ -38,6 +38,7 @@ func (h *handler) failover(w http.ResponseWriter, r *http.Request) {
 	h.stream(w, r, req.Role, func(ctx context.Context, progress func(routing.Event)) (routing.SwitchRecord, error) {
 		return h.Table.Failover(ctx, routing.FailoverRequest{
 			Role: req.Role, To: req.To, Who: req.Who, Why: req.Reason, AcceptLoss: req.AcceptLoss,
+			AcceptStale: req.AcceptStale, ConfirmedClean: req.ConfirmedClean,
 		}, progress)
 	})
 }
@@ -66,7 +67,7 @@ func (h *handler) rejoin(w http.ResponseWriter, r *http.Request) {
 
 func (h *handler) abort(w http.ResponseWriter, r *http.Request) {
 	h.steer(w, r, func(ctx context.Context, req SteerRequest) error {
-		return h.Table.Abort(ctx, req.Role, req.Who, req.Reason)
+		return h.Table.Abort(ctx, routing.AbortRequest{Role: req.Role, Who: req.Who, Why: req.Reason, ConfirmedDown: req.ConfirmedDown})
 	})
 }
 

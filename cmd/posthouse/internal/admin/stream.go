@@ -74,7 +74,7 @@ func (h *handler) waitsFor(role string) string {
 			parts = append(parts, fmt.Sprintf("the end of sessions here: %d", r.Below))
 		}
 		if n := len(r.Residues) + len(r.Unhanded); n > 0 {
-			parts = append(parts, fmt.Sprintf("residues to be cleared: %d", n))
+			parts = append(parts, fmt.Sprintf("residues: %d, until they age out, or a hook or --confirmed-clean clears them", n))
 		}
 		return strings.Join(parts, "; ")
 	}
