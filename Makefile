@@ -21,6 +21,7 @@ deps:
 
 vet:
 	go vet ./...
+	go vet -tags bench ./integration
 
 lint:
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "gofmt -w these:" $$unformatted; exit 1; }

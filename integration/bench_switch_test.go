@@ -3,9 +3,6 @@
 package integration
 
 import (
-	"fmt"
-	"slices"
-	"sync"
 	"testing"
 	"time"
 )
@@ -21,32 +18,9 @@ func TestBenchSwitch(t *testing.T) {
 	s.fast = true
 	frontends := []*posthouse{startFrontend(t, s), startFrontend(t, s), startFrontend(t, s)}
 
-	var clients []*wire
-	logIn := func() {
-		all, slots := make([]*wire, sessions), make(chan struct{}, 16)
-		var wg sync.WaitGroup
-		for i, user := range users {
-			slots <- struct{}{}
-			wg.Go(func() {
-				defer func() { <-slots }()
-				p := frontends[i%3]
-				w, err := imapLogin(p.imap(), p.name, user, password, 30*time.Second)
-				if err != nil {
-					t.Errorf("%s: %v", user, err)
-					return
-				}
-				all[i] = w
-			})
-		}
-		wg.Wait()
-		clients = all
-	}
 	var first, whole []time.Duration
 	for i := range switches {
-		logIn()
-		if t.Failed() {
-			return
-		}
+		clients := crowdOf(t, frontends, sessions)
 		to := []*recorder{b, a}[i%2]
 		began := time.Now()
 		ended := frontends[i%3].startSwitch(t, []string{"b", "a"}[i%2])
@@ -65,9 +39,5 @@ func TestBenchSwitch(t *testing.T) {
 		within(t, 10*time.Second, "everybody has left", func() bool { return a.sessions()+b.sessions() == 0 })
 	}
 	mustNeverBeOnBoth(t, a, b)
-	report := func(what string, all []time.Duration) string {
-		slices.Sort(all)
-		return fmt.Sprintf("%s: median %v (%v–%v)", what, all[len(all)/2].Round(time.Millisecond), all[0].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond))
-	}
-	t.Logf("%d sessions, %d switches; %s; %s", sessions, switches, report("first login on the new active", first), report("end of the command", whole))
+	t.Logf("%d sessions, %d switches; first login on the new active: %s; end of the command: %s", sessions, switches, inShort(first), inShort(whole))
 }

@@ -79,7 +79,7 @@ func TestSwitchesOfTwoPairs(t *testing.T) {
 		mustNotOverlap(t, both[0], both[1])
 	}
 	t.Logf("%d switches of two Cyrus pairs; users on both 0 unless said above; %d messages acknowledged, %d UIDs compared; %d logins, refused %d; command to end: %s",
-		len(took), len(w.acked), checked, w.logins, w.refused, spread(took))
+		len(took), len(w.acked), checked, w.logins, w.refused, inShort(took))
 }
 
 // mirrored is a pair with the shipped hooks.

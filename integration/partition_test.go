@@ -464,11 +464,11 @@ func (o *ordeal) judge() {
 	t.Logf("%s: %d switches opened, %d refused or turned back; users on both %d; of %d acknowledged messages missing %d, twice %d; %d logins, "+
 		"refused in a round without a fault %d, with one %d; knocks at a shut backend %d; command to end without a fault: %s; with one: %s",
 		o.fencing, o.opened(), o.back, len(users), len(o.acked), missing, twice, o.logins, wrongly, len(o.refused)-wrongly, knocks,
-		spread(o.took[true]), spread(o.took[false]))
+		inShort(o.took[true]), inShort(o.took[false]))
 }
 
-// spread is for the reader of a log.
-func spread(took []time.Duration) string {
+// inShort is for the reader of a log.
+func inShort(took []time.Duration) string {
 	if len(took) == 0 {
 		return "none"
 	}
