@@ -32,8 +32,16 @@ func wentBack(kept, fresh Row, known bool) string {
 // row; doubts says which and why, so that they are marked in the store. kept
 // may be nil: a frontend that knows nothing.
 func merge(kept, fresh *State) (view *State, doubts map[string]string) {
-	view = fresh.Clone()
 	doubts = make(map[string]string)
+	view = fresh
+	replace := func(role string, row Row) {
+		if view == fresh { // others have it too
+			own := *fresh
+			own.Roles = maps.Clone(fresh.Roles)
+			view = &own
+		}
+		view.Roles[role] = row
+	}
 	older := kept != nil && fresh.Revision < kept.Revision
 	if kept != nil {
 		for role, row := range kept.Roles {
@@ -56,7 +64,7 @@ func merge(kept, fresh *State) (view *State, doubts map[string]string) {
 			}
 			row = row.clone()
 			row.Doubt = &d
-			view.Roles[role] = row
+			replace(role, row)
 		}
 	}
 	for role, row := range view.Roles {
@@ -67,13 +75,13 @@ func merge(kept, fresh *State) (view *State, doubts map[string]string) {
 			if mine, ok := kept.Roles[role]; ok && mine.Epoch >= row.Doubt.Known && mine.Active != "" {
 				mine = mine.clone()
 				mine.Doubt = row.Doubt
-				view.Roles[role] = mine
+				replace(role, mine)
 				continue
 			}
 		}
 		// Somebody knows better, and we do not know what.
 		row.Active, row.Phase, row.Switch = "", PhaseHold, nil
-		view.Roles[role] = row
+		replace(role, row)
 	}
 	return view, doubts
 }

@@ -194,7 +194,7 @@ func (d *driver) step(ctx context.Context) (progressed bool, err error) {
 	s := d.t.Snapshot()
 	d.forget(s)
 	var errs []error
-	for _, role := range sortedKeys(s.Roles) {
+	for _, role := range s.inMotion() {
 		row := s.Roles[role]
 		if row.Request != nil && row.Request.Roles[0] == role && row.Doubt == nil {
 			p, err := d.stepRequest(ctx, s, role, row)

@@ -116,13 +116,15 @@ func (t *Table) logEvent(e Event) {
 // changes tells what happened to the roles between two States.
 func changes(old, now *State) []Event {
 	var events []Event
-	for _, role := range sortedKeys(now.Roles) {
-		was, is := old.Roles[role], now.Roles[role]
-		events = append(events, roleChanges(role, was, is)...)
-		for _, id := range sortedKeys(now.Frontends) {
-			f := now.Frontends[id].Floors[role]
-			if o, known := old.Frontends[id]; known && f > o.Floors[role] {
-				events = append(events, Event{Kind: EventAcked, Role: role, Frontend: id, Epoch: f})
+	for _, role := range now.inMotion() {
+		events = append(events, roleChanges(role, old.Roles[role], now.Roles[role])...)
+	}
+	for _, id := range sortedKeys(now.Frontends) {
+		o, known := old.Frontends[id]
+		floors := now.Frontends[id].Floors
+		for _, role := range sortedKeys(floors) {
+			if known && floors[role] > o.Floors[role] {
+				events = append(events, Event{Kind: EventAcked, Role: role, Frontend: id, Epoch: floors[role]})
 			}
 		}
 	}

@@ -21,11 +21,18 @@ const retryAfter = time.Second
 type view struct {
 	state   *State
 	doubts  map[string]string // roles to be marked in the store, and why
+	actives []string          // backends that serve some role, sorted
 	changed chan struct{}     // closed when the next view is there
 }
 
 func newView(s *State, doubts map[string]string) *view {
-	return &view{s, doubts, make(chan struct{})}
+	actives := make(map[string]struct{})
+	for _, row := range s.Roles {
+		if row.Active != "" {
+			actives[row.Active] = struct{}{}
+		}
+	}
+	return &view{s, doubts, slices.Sorted(maps.Keys(actives)), make(chan struct{})}
 }
 
 // Snapshot returns the role table as this frontend goes by it. Nobody may
@@ -152,39 +159,47 @@ func (t *Table) keep(ctx context.Context) {
 		case <-t.poke:
 		}
 		retry.Stop()
-		err := errors.Join(t.save(), t.markDoubts(ctx), t.reenrol(ctx), t.ack(ctx))
+		later, err := t.save()
+		err = errors.Join(err, t.markDoubts(ctx), t.reenrol(ctx), t.ack(ctx))
 		if err != nil && ctx.Err() == nil {
 			t.log.Error("keeping up with the role table; trying again", zap.Error(err))
+		}
+		if err != nil || later {
 			retry.Reset(retryAfter)
 		}
 	}
 }
 
-// save puts the snapshot on the disk. Acks come after it (safety 6).
-func (t *Table) save() error {
+// save puts the snapshot on the disk. Acks come after it (safety 6). One that says
+// the same of who serves whom may be saved later, once in a while: a large table
+// is written for what counts only.
+func (t *Table) save() (later bool, err error) {
 	s := t.Snapshot()
 	t.mu.Lock()
 	saved := sameRows(t.disk, s.Roles)
 	t.mu.Unlock()
-	if saved && s.Revision == t.highest {
-		return nil
+	switch {
+	case saved && s.Revision == t.highest:
+		return false, nil
+	case saved && s.Revision > t.highest && time.Since(t.saved) < retryAfter:
+		return true, nil
 	}
 	data, err := json.Marshal(s)
 	if err != nil {
-		return fmt.Errorf("writing down the snapshot: %w", err)
+		return false, fmt.Errorf("writing down the snapshot: %w", err)
 	}
 	write := t.opt.Local.SaveSnapshot
 	if s.Revision < t.highest {
 		write = t.opt.Local.ReplaceSnapshot
 	}
 	if err := write(s.Revision, data); err != nil {
-		return fmt.Errorf("saving the snapshot of revision %d: %w: no switch can open until it is on disk", s.Revision, err)
+		return false, fmt.Errorf("saving the snapshot of revision %d: %w: no switch can open until it is on disk", s.Revision, err)
 	}
-	t.highest = s.Revision
+	t.highest, t.saved = s.Revision, time.Now()
 	t.mu.Lock()
 	t.disk = s.Roles
 	t.mu.Unlock()
-	return nil
+	return false, nil
 }
 
 func sameRows(a, b map[string]Row) bool {
@@ -276,7 +291,7 @@ func (t *Table) reenrol(ctx context.Context) error {
 func (t *Table) ack(ctx context.Context) error {
 	var errs []error
 	v := t.view.Load()
-	for _, role := range sortedKeys(v.state.Roles) {
+	for _, role := range v.state.inMotion() {
 		row := v.state.Roles[role]
 		id, hand, due := t.ackDue(v, role, row)
 		if !due {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 )
@@ -195,13 +194,7 @@ func outcome(s *State, role string, number uint64) (rec SwitchRecord, ended bool
 
 // ActiveBackends returns the backends that serve some role now, sorted.
 func (t *Table) ActiveBackends() []string {
-	set := make(map[string]struct{})
-	for _, row := range t.Snapshot().Roles {
-		if row.Active != "" {
-			set[row.Active] = struct{}{}
-		}
-	}
-	return slices.Sorted(maps.Keys(set))
+	return slices.Clone(t.view.Load().actives)
 }
 
 // RoleStatus is one role as this frontend sees it.
@@ -229,26 +222,41 @@ func (t *Table) Roles() []RoleStatus {
 	v := t.view.Load()
 	list := make([]RoleStatus, 0, len(v.state.Roles))
 	for _, role := range sortedKeys(v.state.Roles) {
-		row := v.state.Roles[role].clone()
-		st := RoleStatus{Role: role, Row: row}
-		if row.Phase != PhaseOpen {
-			st.Missing = v.state.missingAcks(role)
-			for _, id := range sortedKeys(v.state.Frontends) {
-				if !slices.Contains(st.Missing, id) {
-					st.Acked = append(st.Acked, id)
-				}
-			}
-		}
-		g := t.gates[role]
-		if g == nil {
-			g = newGate(role)
-		}
-		p := t.presenceLocked(g, v, row)
-		st.Inside, st.Below, st.Parked, st.Unhanded = len(g.stays), p.below, len(g.parked), g.list()
-		st.Blocked = t.blocked(row, p)
-		list = append(list, st)
+		list = append(list, t.statusLocked(v, role))
 	}
 	return list
+}
+
+// Role returns one role; false if the table does not have it.
+func (t *Table) Role(role string) (RoleStatus, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	v := t.view.Load()
+	if _, ok := v.state.Roles[role]; !ok {
+		return RoleStatus{}, false
+	}
+	return t.statusLocked(v, role), true
+}
+
+func (t *Table) statusLocked(v *view, role string) RoleStatus {
+	row := v.state.Roles[role].clone()
+	st := RoleStatus{Role: role, Row: row}
+	if row.Phase != PhaseOpen {
+		st.Missing = v.state.missingAcks(role)
+		for _, id := range sortedKeys(v.state.Frontends) {
+			if !slices.Contains(st.Missing, id) {
+				st.Acked = append(st.Acked, id)
+			}
+		}
+	}
+	g := t.gates[role]
+	if g == nil {
+		g = newGate(role)
+	}
+	p := t.presenceLocked(g, v, row)
+	st.Inside, st.Below, st.Parked, st.Unhanded = len(g.stays), p.below, len(g.parked), g.list()
+	st.Blocked = t.blocked(row, p)
+	return st
 }
 
 func (t *Table) blocked(row Row, p presence) string {

@@ -65,7 +65,7 @@ func (t *Table) Frontends(ctx context.Context) ([]FrontendStatus, error) {
 	for _, id := range ids {
 		f := s.Frontends[id]
 		st := FrontendStatus{ID: id, Since: f.Since, Backends: f.Backends, Own: id == own, Alive: slices.Contains(alive, id)}
-		for _, role := range sortedKeys(s.Roles) {
+		for _, role := range s.inMotion() {
 			if s.Roles[role].Phase != PhaseOpen && slices.Contains(s.missingAcks(role), id) {
 				st.Missing = append(st.Missing, role)
 			}

@@ -227,7 +227,7 @@ func (t *Table) reportDue(ctx context.Context) error {
 	var errs []error
 	s, id := t.Snapshot(), t.ID()
 	reach := make(map[string]string) // by backend: each is tried once
-	for _, role := range sortedKeys(s.Roles) {
+	for _, role := range s.inMotion() {
 		q := s.Roles[role].Request
 		if q == nil {
 			continue

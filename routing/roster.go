@@ -49,12 +49,15 @@ func (r rules) register(s *State, id string, f Frontend) error {
 	// Roles that the store has lost are kept too: initRole goes above them.
 	floors := maps.Clone(f.Floors)
 	if floors == nil {
-		floors = make(map[string]uint64, len(s.Roles))
+		floors = make(map[string]uint64)
 	}
 	for role, row := range s.Roles {
-		floors[role] = row.Epoch
-		if below, ok := f.Floors[role]; ok {
+		below, ok := f.Floors[role]
+		switch {
+		case ok:
 			floors[role] = min(below, row.Epoch)
+		case row.Phase != PhaseOpen || row.Doubt != nil:
+			floors[role] = row.Epoch
 		}
 	}
 	f.Floors = floors

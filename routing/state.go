@@ -177,7 +177,7 @@ type SwitchRecord struct {
 type Frontend struct {
 	// Backends that this frontend has in its configuration.
 	Backends []string `json:"backends"`
-	// Floors holds, per role, the epoch below which nobody is inside this
+	// Floors holds, for roles that are held, the epoch below which nobody is inside this
 	// frontend, and never will be: its acknowledgements.
 	Floors map[string]uint64 `json:"floors"`
 	// BootID is the boot of the machine in which it registered.
@@ -213,6 +213,18 @@ var (
 	// ErrConflict: a rule refused the change; the message says which.
 	ErrConflict = errors.New("the role table does not allow it")
 )
+
+// inMotion are the roles that are not simply open, sorted: few of many.
+func (s *State) inMotion() []string {
+	var roles []string
+	for name, row := range s.Roles {
+		if row.Phase != PhaseOpen || row.Switch != nil || row.Request != nil || row.Doubt != nil {
+			roles = append(roles, name)
+		}
+	}
+	slices.Sort(roles)
+	return roles
+}
 
 // Clone returns a deep copy: changing it leaves s as it is.
 func (s *State) Clone() *State {

@@ -202,6 +202,9 @@ func (r rules) ack(s *State, id, role string, epoch uint64, hand handed) error {
 	case row.Doubt != nil:
 		return r.check(change{s: s, role: role, row: row}, []guard{inNoDoubt})
 	}
+	if f.Floors == nil {
+		f.Floors = make(map[string]uint64)
+	}
 	f.Floors[role] = epoch
 	s.Frontends[id] = f
 	row.take(hand)
@@ -433,6 +436,9 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 	rec := SwitchRecord{Switch: *row.Switch, Role: role, From: row.Active, Epoch: epoch, Ended: now, Done: done}
 	rec.Steps = append(rec.Steps, Step{PhaseOpen, now})
 	s.record(rec)
+	for _, f := range s.Frontends {
+		delete(f.Floors, role) // the next epoch is above all of them
+	}
 	row.Active, row.Epoch, row.Phase, row.Switch = active, epoch, PhaseOpen, nil
 	switch {
 	case len(row.Members) > 2, done && rec.Failover:

@@ -110,7 +110,8 @@ type Table struct {
 	isClosed bool
 
 	disagreements atomic.Uint64
-	highest       uint64        // revision; keep alone uses it
+	highest       uint64        // revision on the disk; keep alone uses it
+	saved         time.Time     // when; keep alone uses it
 	joined        string        // the last ID that the store knows; keep alone uses it after Start
 	poke          chan struct{} // wakes keep; capacity 1
 	news          chan struct{} // wakes announce; capacity 1

@@ -59,26 +59,24 @@ func (h *handler) stream(w http.ResponseWriter, r *http.Request, role string,
 
 // waitsFor says what keeps a held role from opening; "" if nothing is known.
 func (h *handler) waitsFor(role string) string {
-	for _, r := range h.Table.Roles() {
-		if r.Role != role || r.Phase == routing.PhaseOpen {
-			continue
-		}
-		var parts []string
-		if r.Phase != routing.PhaseHold {
-			parts = append(parts, "phase "+string(r.Phase))
-		}
-		if len(r.Missing) > 0 {
-			parts = append(parts, "the ack of frontend "+strings.Join(r.Missing, ", "))
-		}
-		if r.Below > 0 {
-			parts = append(parts, fmt.Sprintf("the end of sessions here: %d", r.Below))
-		}
-		if n := len(r.Residues) + len(r.Unhanded); n > 0 {
-			parts = append(parts, fmt.Sprintf("residues: %d, until they age out, or a hook or --confirmed-clean clears them", n))
-		}
-		return strings.Join(parts, "; ")
+	r, known := h.Table.Role(role)
+	if !known || r.Phase == routing.PhaseOpen {
+		return ""
 	}
-	return ""
+	var parts []string
+	if r.Phase != routing.PhaseHold {
+		parts = append(parts, "phase "+string(r.Phase))
+	}
+	if len(r.Missing) > 0 {
+		parts = append(parts, "the ack of frontend "+strings.Join(r.Missing, ", "))
+	}
+	if r.Below > 0 {
+		parts = append(parts, fmt.Sprintf("the end of sessions here: %d", r.Below))
+	}
+	if n := len(r.Residues) + len(r.Unhanded); n > 0 {
+		parts = append(parts, fmt.Sprintf("residues: %d, until they age out, or a hook or --confirmed-clean clears them", n))
+	}
+	return strings.Join(parts, "; ")
 }
 
 // lines writes an answer line by line. The first one sends the status.
