@@ -24,24 +24,34 @@ const pace = "hold_window: 12s, drain_timeout: 3s, switch_budget: 6s"
 // opened while a still executes.
 func TestSafety01PipelinedThenReset(t *testing.T) {
 	t.Parallel()
-	for name, limits := range map[string]string{
-		"cyrus, patient":   "hold_window: 25s, drain_timeout: 15s, switch_budget: 20s", // waits for proof
-		"cyrus, impatient": pace,                                                       // leaves a residue
+	for name, c := range map[string]struct {
+		limits string
+		plain  bool
+	}{
+		"cyrus, patient":            {"hold_window: 25s, drain_timeout: 15s, switch_budget: 20s", false}, // waits for proof
+		"cyrus, impatient":          {pace, false},                                                       // leaves a residue
+		"cyrus, plaintext, patient": {"hold_window: 25s, drain_timeout: 15s, switch_budget: 20s", true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			pair := newCyrusPair(t, "u0001")
 			pair.a.stopSync(t) // it would copy to b what a does, all the time
-			s := newSite(t, pair.a.backend(), pair.b.backend(), "u0001")
-			s.limits = limits
+			a, b := pair.a.backend(), pair.b.backend()
+			a.plain, b.plain = c.plain, c.plain
+			s := newSite(t, a, b, "u0001")
+			s.limits = c.limits
 			worksOnThenSwitch(t, startFrontend(t, s), pair.a.mailDir())
 			mustNotOverlap(t, pair.a, pair.b)
 		})
 	}
-	t.Run("dovecot", func(t *testing.T) {
-		a, b := newDovecot(t), newDovecot(t)
-		p := startFrontend(t, paced(newSite(t, a.backend(), b.backend(), "u0001")))
-		worksOnThenSwitch(t, p, a.mailDir())
-	})
+	for name, plain := range map[string]bool{"dovecot": false, "dovecot, plaintext": true} {
+		t.Run(name, func(t *testing.T) {
+			s1, s2 := newDovecot(t), newDovecot(t)
+			a, b := s1.backend(), s2.backend()
+			a.plain, b.plain = plain, plain
+			p := startFrontend(t, paced(newSite(t, a, b, "u0001")))
+			worksOnThenSwitch(t, p, s1.mailDir())
+		})
+	}
 }
 
 func paced(s *site) *site {

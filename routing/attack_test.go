@@ -61,9 +61,13 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 			t.Fatal(err)
 		}
 		f := &process{h, table, store.memStore}
+		synctest.Wait() // f drives
 		g := h.start("g")
 		taken := f.goSwitch(toB)
 		synctest.Wait()
+		l.mu.Lock()
+		l.slow[HookDemote] = 5 * time.Second // when g drives
+		l.mu.Unlock()
 		<-h.site.driving // f does not know yet that it has lost the election
 		done := make(chan error, 1)
 		go func() { done <- g.failover(false, "b") }()

@@ -22,7 +22,8 @@ type view struct {
 	state   *State
 	doubts  map[string]string // roles to be marked in the store, and why
 	actives []string          // backends that serve some role, sorted
-	changed chan struct{}     // closed when the next view is there
+	changed chan struct{}     // closed when next is there
+	next    *view
 }
 
 func newView(s *State, doubts map[string]string) *view {
@@ -32,7 +33,7 @@ func newView(s *State, doubts map[string]string) *view {
 			actives[row.Active] = struct{}{}
 		}
 	}
-	return &view{s, doubts, slices.Sorted(maps.Keys(actives)), make(chan struct{})}
+	return &view{state: s, doubts: doubts, actives: slices.Sorted(maps.Keys(actives)), changed: make(chan struct{})}
 }
 
 // Snapshot returns the role table as this frontend goes by it. Nobody may
@@ -99,6 +100,7 @@ func (t *Table) install(fresh *State, wentBack bool) {
 	}
 	next := newView(merge(old.state, fresh))
 	t.view.Store(next)
+	old.next = next
 	events := changes(old.state, next.state)
 	_, was := old.state.Frontends[t.id]
 	_, is := next.state.Frontends[t.id]

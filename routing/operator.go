@@ -123,7 +123,8 @@ func (t *Table) begin(ctx context.Context, role string, progress func(Event), ho
 	if progress == nil {
 		progress = func(Event) {}
 	}
-	now, before := time.Now(), t.Snapshot()
+	// Every view from here on is looked at, however quickly they follow.
+	v, now, before := t.view.Load(), time.Now(), t.Snapshot()
 	held, err := t.opt.Store.Update(ctx, func(s *State) error {
 		before = s.Clone()
 		return hold(s, now)
@@ -134,18 +135,20 @@ func (t *Table) begin(ctx context.Context, role string, progress func(Event), ho
 	number := held.Roles[role].number()
 	t.report(role, before, held, progress)
 	t.install(held, false)
-	last := held
+	last, isThere := held, false
 	for {
-		changed, s := t.Changed(), t.Snapshot()
+		s := v.state
+		isThere = isThere || s.Revision >= held.Revision
 		if s.Revision > last.Revision {
 			t.report(role, last, s, progress)
 			last = s
 		}
-		if rec, ended, err := outcome(s, role, number); ended {
+		if rec, ended, err := outcome(s, role, number); isThere && ended {
 			return rec, err
 		}
 		select {
-		case <-changed:
+		case <-v.changed:
+			v = v.next
 		case <-t.closing:
 			return SwitchRecord{}, fmt.Errorf("switch %d of %s: %w: another frontend drives it on; see `posthouse roles`", number, role, ErrClosed)
 		case <-ctx.Done():

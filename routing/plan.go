@@ -152,10 +152,7 @@ func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 		}
 	}
 	p.Steps = steps(t.opt.Roles[req.Role].Hooks, row.Active, req.To)
-	p.Caveats = []string{"clients that reach a backend other than through posthouse are neither held nor drained"}
-	if !slices.Contains(t.opt.Roles[req.Role].Hooks, HookCatchUp) {
-		p.Caveats = append(p.Caveats, "there is no catch_up: nobody looks whether "+req.To+" has all mail that "+row.Active+" has")
-	}
+	p.Caveats = SwitchRecord{Switch: Switch{To: req.To, Hooks: t.opt.Roles[req.Role].Hooks}, Role: req.Role, From: row.Active}.Caveats()
 	return p, nil
 }
 

@@ -306,3 +306,19 @@ func TestEndsAreToldInAnyOrder(t *testing.T) {
 		t.Errorf("%+v", events)
 	}
 }
+
+// What a switch could not promise is in its record: here, an unclean drain.
+func TestRecordSaysWhatIsUncertain(t *testing.T) {
+	s, r := table(t), rules{}
+	mustHold(t, s, HookDemote, HookCatchUp)
+	hand := handed{residues: []Residue{{Backend: "a", User: "u"}, {Backend: "a", User: "v"}}}
+	if err := errors.Join(r.ack(s, "f.1", "r", 5, hand), r.advance(s, "r", PhaseHold, explorerTime),
+		r.ran(s, "r", s.Roles["r"].Switch.Number, HookRun{Hook: HookDemote}), r.advance(s, "r", PhaseDemote, explorerTime),
+		r.advance(s, "r", PhaseCatchUp, explorerTime)); err != nil {
+		t.Fatal(err)
+	}
+	said := strings.Join(s.History[len(s.History)-1].Caveats(), "\n")
+	if !strings.Contains(said, "without proof that nothing of them runs on: 2") || strings.Contains(said, "catch_up") {
+		t.Error(said)
+	}
+}

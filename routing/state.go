@@ -5,6 +5,7 @@ package routing
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"time"
@@ -137,6 +138,9 @@ type Switch struct {
 	Compared string `json:"compared,omitempty"`
 	// Runs are the hooks that have ended, in order.
 	Runs []HookRun `json:"runs,omitempty"`
+	// Unclean counts the sessions that ended without proof while the role was
+	// held: their residues came with the acks.
+	Unclean int `json:"unclean,omitempty"`
 	// AbortWhy says why the switch is being aborted; empty while it is not.
 	AbortWhy string `json:"abort_why,omitempty"`
 	// Stuck says what keeps the switch from going on and from being undone. It
@@ -171,6 +175,26 @@ type SwitchRecord struct {
 	Ended time.Time `json:"ended"`
 	// Done is true if To was opened, false if the switch was aborted.
 	Done bool `json:"done"`
+}
+
+// Caveats are what the switch cannot promise, or could not, in words.
+func (rec SwitchRecord) Caveats() []string {
+	list := []string{"clients that reach a backend other than through posthouse are neither held nor drained"}
+	if rec.Unclean > 0 {
+		list = append(list, fmt.Sprintf("sessions that ended without proof that nothing of them runs on: %d; what cleared their residues vouches for them", rec.Unclean))
+	}
+	switch {
+	case rec.AcceptStale:
+		list = append(list, fmt.Sprintf("%s was opened with the mail that it had when it was left behind; all that %s took since is on %s only", rec.To, rec.From, rec.From))
+	case rec.Failover:
+		list = append(list, fmt.Sprintf("what %s had acknowledged and not passed on is not on %s", rec.From, rec.To))
+	case !slices.Contains(rec.Hooks, HookCatchUp) && rec.From != "":
+		list = append(list, fmt.Sprintf("there is no catch_up: nobody looks whether %s has all mail that %s has", rec.To, rec.From))
+	}
+	if rec.Failover {
+		list = append(list, fmt.Sprintf("%s is stale until `posthouse rejoin %s %s`", rec.From, rec.Role, rec.From))
+	}
+	return list
 }
 
 // Frontend is one registered posthouse process.

@@ -207,6 +207,9 @@ func (r rules) ack(s *State, id, role string, epoch uint64, hand handed) error {
 	}
 	f.Floors[role] = epoch
 	s.Frontends[id] = f
+	if row.Switch != nil {
+		row.Switch.Unclean += len(hand.residues)
+	}
 	row.take(hand)
 	s.Roles[role] = row
 	return nil

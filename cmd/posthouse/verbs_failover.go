@@ -28,14 +28,6 @@ func failoverCommand() *cobra.Command {
 			}
 			req.Role, req.Who = args[0], operator()
 			rec, err := client.Failover(cmd.Context(), req, narrate(cmd.ErrOrStderr()))
-			if err == nil && rec.AcceptStale {
-				fmt.Fprintf(cmd.ErrOrStderr(), "note: %s was opened with the mail that it had when it was left behind, and all that %s took since is on %s only\n",
-					rec.To, rec.From, rec.From)
-			}
-			if err == nil {
-				fmt.Fprintf(cmd.ErrOrStderr(), "note: what %s had acknowledged and not passed on is not on %s; %s is stale until `posthouse rejoin %s %s`\n",
-					rec.From, rec.To, rec.From, rec.Role, rec.From)
-			}
 			return t.ended(cmd, rec, err)
 		},
 	}

@@ -240,6 +240,11 @@ func (t *target) ended(cmd *cobra.Command, rec *routing.SwitchRecord, err error)
 	if rec == nil || err != nil && t.out == "text" {
 		return err
 	}
+	if err == nil {
+		for _, c := range rec.Caveats() {
+			fmt.Fprintf(cmd.ErrOrStderr(), "note: %s\n", c)
+		}
+	}
 	printErr := t.print(cmd.OutOrStdout(), rec, func(w io.Writer) {
 		fmt.Fprintf(w, "%s is on %s in epoch %d; switch %d took %v\n", rec.Role, rec.To, rec.Epoch, rec.Number,
 			rec.Ended.Sub(rec.Started).Round(time.Millisecond))
