@@ -104,38 +104,85 @@ func guardNamed(name string) guard {
 	return holdGuards[slices.IndexFunc(holdGuards, func(g guard) bool { return g.name == name })]
 }
 
+// Rejoined is what a rejoin has done.
+type Rejoined struct {
+	// Roles whose copy the member is again, the one that was asked for first.
+	Roles []string `json:"roles"`
+	// Output is the end of what the hook wrote.
+	Output string `json:"output"`
+}
+
 // Rejoin makes a stale member a copy of the role's active again: the rejoin hook
 // does it (with the active as From and the member as To), then the member is
-// stale no more. It blocks until the hook has ended, and may be repeated.
-func (t *Table) Rejoin(ctx context.Context, role, member string) (output string, err error) {
+// stale no more. Where the hook may restart the member it is for all roles that
+// were left behind there and have the same active. It blocks until the hook has
+// ended, and may be repeated.
+func (t *Table) Rejoin(ctx context.Context, role, member string) (Rejoined, error) {
 	var row Row
+	var roles []string
+	config := t.opt.Roles[role]
 	// The hook overwrites the member: not by what this frontend believes, which
 	// may be cut off.
 	s, err := t.opt.Store.Update(ctx, func(s *State) (err error) {
 		if row, err = t.rules.rejoining(s, role, member); err != nil {
 			return err
 		}
-		if !slices.Contains(t.opt.Roles[role].Hooks, HookRejoin) || t.opt.Hooks == nil {
+		if !slices.Contains(config.Hooks, HookRejoin) || t.opt.Hooks == nil {
 			return fmt.Errorf("%w: role %s has no rejoin hook: %s cannot be proven to be a copy of %s", ErrConflict, role, member, row.Active)
 		}
-		return nil
+		if roles, err = t.rules.leftBehind(s, role, member, config); err != nil {
+			return err
+		}
+		return each(roles[1:], func(other string) error {
+			_, err := t.rules.rejoining(s, other, member)
+			return err
+		})
 	})
 	if err != nil {
-		return "", err
+		return Rejoined{}, err
 	}
 	t.install(s, false)
 	stale := row.Stale[member]
-	output, err = t.opt.Hooks.Run(ctx, HookCall{Hook: HookRejoin, Roles: []string{role}, From: row.Active, To: member,
+	done := Rejoined{Roles: roles}
+	done.Output, err = t.opt.Hooks.Run(ctx, HookCall{Hook: HookRejoin, Roles: roles, From: row.Active, To: member,
 		Number: stale.Number, Epoch: row.Epoch, Attempt: stale.Attempt, Seen: Seen{All: true}})
 	if err != nil {
-		return output, fmt.Errorf("hook rejoin: %w", err)
+		return done, fmt.Errorf("hook rejoin: %w", err)
 	}
-	s, err = t.opt.Store.Update(ctx, func(s *State) error { return t.rules.rejoin(s, role, member, row.Active, stale.Number) })
+	numbers := make(map[string]uint64)
+	for _, role := range roles {
+		numbers[role] = s.Roles[role].Stale[member].Number
+	}
+	s, err = t.opt.Store.Update(ctx, func(s *State) error {
+		return each(roles, func(role string) error { return t.rules.rejoin(s, role, member, row.Active, numbers[role]) })
+	})
 	if err != nil {
-		return output, fmt.Errorf("role %s: %s has rejoined and is still marked as stale, run it again: %w", role, member, err)
+		return done, fmt.Errorf("role %s: %s has rejoined and is still marked as stale, run it again: %w", role, member, err)
 	}
 	t.install(s, false)
-	return output, nil
+	return done, nil
+}
+
+// leftBehind are the roles that rejoin at member together, by what their hook may
+// restart there. The first is role.
+func (r rules) leftBehind(s *State, role, member string, config RoleConfig) ([]string, error) {
+	group := []string{role}
+	if config.Scope == ScopeRole {
+		return group, nil
+	}
+	for _, other := range sortedKeys(s.Roles) {
+		with := s.Roles[other]
+		_, stale := with.Stale[member]
+		switch {
+		case other == role:
+		case with.Active == member || with.Switch != nil && with.Switch.To == member:
+			return nil, fmt.Errorf("%w: role %s: %s serves role %s, or is to serve it, and the hook may restart it: "+
+				"state that it touches nothing else (scope: role)", ErrConflict, role, member, other)
+		case stale && with.Active == s.Roles[role].Active:
+			group = append(group, other)
+		}
+	}
+	return group, nil
 }
 
 // rejoining counts a rejoin that is about to begin, and returns the row.

@@ -313,3 +313,40 @@ func TestAbortUndoesThePromotionFirst(t *testing.T) {
 		t.Errorf("%v %s: %v was begun", do, why, s.Roles["r"].Switch.Begun)
 	}
 }
+
+// What a hook restarts rejoins as one, and not under the users of another role.
+func TestRejoinOfAllRolesOfABackend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		members := []string{"a", "b"}
+		var calls [][]string
+		l := &hookLog{site: h.site, do: map[Hook]func(HookCall){HookRejoin: func(c HookCall) { calls = append(calls, c.Roles) }}}
+		has := []Hook{HookFence, HookRejoin}
+		h.opt.Roles = map[string]RoleConfig{"ma01": {Members: members, Active: "a", Hooks: has}, "ma02": {Members: members, Active: "a", Hooks: has},
+			"ma03": {Members: members, Hooks: has, Scope: ScopeRole}}
+		h.opt.Hooks = l
+		f := h.start("f")
+		if err := f.failover(false, "b"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.InitRole(t.Context(), "ma03", "a", "test", false); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.Rejoin(t.Context(), "ma02", "a"); err == nil || !strings.Contains(err.Error(), "serves role ma03") || len(calls) > 0 {
+			t.Errorf("%v; hooks for %v", err, calls)
+		}
+		if _, err := f.Failover(t.Context(), FailoverRequest{Role: "ma03", To: "b"}, nil); err != nil {
+			t.Fatal(err)
+		}
+		done, err := f.Rejoin(t.Context(), "ma02", "a")
+		if want := []string{"ma02", "ma01", "ma03"}; err != nil || !slices.Equal(done.Roles, want) || len(calls) != 1 || !slices.Equal(calls[0], want) {
+			t.Errorf("%+v, %v; hooks for %v", done, err, calls)
+		}
+		for role, row := range f.Snapshot().Roles {
+			if len(row.Stale) > 0 {
+				t.Errorf("%s: %+v", role, row)
+			}
+		}
+		f.stop()
+	})
+}

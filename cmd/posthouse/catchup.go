@@ -88,7 +88,7 @@ func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routin
 // switch would say that it took too long. A member that rejoins is compared too,
 // with an active that is being used.
 func (h *hooks) Run(ctx context.Context, call routing.HookCall) (output string, err error) {
-	if call.Hook == routing.HookRejoin && len(call.Roles) == 1 && h.Compares(call.Roles[0]) {
+	if call.Hook == routing.HookRejoin && h.Compares(call.Roles[0]) {
 		if output, err = h.programs.Run(ctx, call); err != nil {
 			return output, err
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -47,7 +48,8 @@ func rejoinCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "rejoin ROLE BACKEND", Short: "Make a backend that a failover left behind a copy of the active again", Args: cobra.ExactArgs(2),
 		Long: "Make a backend that a failover left behind a copy of the active again: runs the role's rejoin hook, which\n" +
-			"may take hours, and then lets the backend become active again. Interrupting this command ends the hook.",
+			"may take hours, and then lets the backend become active again. It is for all roles that were left behind there,\n" +
+			"unless the hook touches this role only (scope: role). Interrupting this command ends the hook.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			client, err := t.client()
 			if err != nil {
@@ -62,7 +64,7 @@ func rejoinCommand() *cobra.Command {
 				if done.Output != "" {
 					fmt.Fprintln(w, done.Output)
 				}
-				fmt.Fprintf(w, "%s is a copy of %s again\n", req.Member, req.Role)
+				fmt.Fprintf(w, "%s is a copy of %s again\n", req.Member, strings.Join(done.Roles, ", "))
 			})
 		},
 	}

@@ -9,7 +9,7 @@
 //	POST /v1/switch/abort         SteerRequest → {}
 //	POST /v1/switch/resume        SteerRequest → {}
 //	POST /v1/failover             FailoverRequest → lines of Progress
-//	POST /v1/rejoin               RejoinRequest → Rejoined
+//	POST /v1/rejoin               RejoinRequest → routing.Rejoined
 //	GET  /v1/switches             Switches
 //	GET  /v1/frontends            []routing.FrontendStatus
 //	POST /v1/frontends/fence      FenceRequest → {}
@@ -89,11 +89,6 @@ type FailoverRequest struct {
 type RejoinRequest struct {
 	Role   string `json:"role"`
 	Member string `json:"member"`
-}
-
-// Rejoined says that it is one.
-type Rejoined struct {
-	Output string `json:"output"` // the end of what the hook wrote
 }
 
 // SteerRequest aborts or resumes the switch of a role. Role is needed; Who and

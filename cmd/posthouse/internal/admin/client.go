@@ -76,7 +76,7 @@ func (c *Client) Failover(ctx context.Context, req FailoverRequest, progress fun
 
 // Rejoin makes a stale member a copy of the active again. It takes as long as
 // the hook; when ctx ends the hook is ended too.
-func (c *Client) Rejoin(ctx context.Context, req RejoinRequest) (done Rejoined, err error) {
+func (c *Client) Rejoin(ctx context.Context, req RejoinRequest) (done routing.Rejoined, err error) {
 	body, err := c.ask(ctx, http.MethodPost, "/v1/rejoin", req)
 	if err != nil {
 		return done, err

@@ -53,16 +53,16 @@ func (h *handler) rejoin(w http.ResponseWriter, r *http.Request) {
 		fail(w, errorf(CodeBadRequest, "to rejoin needs role and member"))
 		return
 	}
-	output, err := h.Table.Rejoin(r.Context(), req.Role, req.Member)
+	done, err := h.Table.Rejoin(r.Context(), req.Role, req.Member)
 	if err != nil {
 		e := errorOf(err, routing.SwitchRecord{})
-		if output != "" {
-			e.Text += "\n" + output
+		if done.Output != "" {
+			e.Text += "\n" + done.Output
 		}
 		fail(w, e)
 		return
 	}
-	reply(w, Rejoined{output})
+	reply(w, done)
 }
 
 func (h *handler) abort(w http.ResponseWriter, r *http.Request) {
