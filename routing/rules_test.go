@@ -101,6 +101,9 @@ func refusals(t *testing.T, r rules) []refusal {
 		{"init: stale, accepted", stale, func(s *State) error {
 			return r.initRole(s, "r", order{to: "b", acceptStale: true}, nil, 0, now)
 		}, ""},
+		{"init: under a switch's hooks", func(s *State) { mustHold(t, s, HookDemote) }, func(s *State) error {
+			return r.initRole(s, "new", order{to: "a"}, []string{"a"}, 0, now)
+		}, "may restart a"},
 		{"init: no member", nil, func(s *State) error { return r.initRole(s, "new", order{to: "z", who: ""}, []string{"a"}, 0, now) }, "not one of a"},
 		{"take up: ended", nil, func(s *State) error { return r.takeUp(s, "r", 1) }, "has ended"},
 		{"hold: another is asked for", asks, hold("r", "b", false), "is being prepared"},
