@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -91,23 +92,29 @@ func operator() string {
 }
 
 func rolesCommand() *cobra.Command {
+	c := listCommand("roles", "Show which backend serves each role", (*admin.Client).Roles, printRoles)
+	c.AddCommand(initCommand())
+	return c
+}
+
+// listCommand asks a running frontend for what it knows and prints it.
+func listCommand[T any](use, short string, ask func(*admin.Client, context.Context) (T, error), show func(io.Writer, T)) *cobra.Command {
 	var t target
 	c := &cobra.Command{
-		Use: "roles", Short: "Show which backend serves each role", Args: cobra.NoArgs,
+		Use: use, Short: short, Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			client, err := t.client()
 			if err != nil {
 				return err
 			}
-			list, err := client.Roles(cmd.Context())
+			list, err := ask(client, cmd.Context())
 			if err != nil {
 				return err
 			}
-			return t.print(cmd.OutOrStdout(), list, func(w io.Writer) { printRoles(w, list) })
+			return t.print(cmd.OutOrStdout(), list, func(w io.Writer) { show(w, list) })
 		},
 	}
 	t.flags(c)
-	c.AddCommand(initCommand())
 	return c
 }
 
@@ -272,23 +279,7 @@ func printExplanation(w io.Writer, x admin.Explanation) {
 }
 
 func sessionsCommand() *cobra.Command {
-	var t target
-	c := &cobra.Command{
-		Use: "sessions", Short: "List the connections and what each is doing", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := t.client()
-			if err != nil {
-				return err
-			}
-			list, err := client.Sessions(cmd.Context())
-			if err != nil {
-				return err
-			}
-			return t.print(cmd.OutOrStdout(), list, func(w io.Writer) { printSessions(w, list) })
-		},
-	}
-	t.flags(c)
-	return c
+	return listCommand("sessions", "List the connections and what each is doing", (*admin.Client).Sessions, printSessions)
 }
 
 func printSessions(w io.Writer, list []proxy.SessionInfo) {

@@ -14,23 +14,7 @@ import (
 )
 
 func frontendsCommand() *cobra.Command {
-	var t target
-	c := &cobra.Command{
-		Use: "frontends", Short: "List the frontends whose acknowledgement a switch needs", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := t.client()
-			if err != nil {
-				return err
-			}
-			list, err := client.Frontends(cmd.Context())
-			if err != nil {
-				return err
-			}
-			return t.print(cmd.OutOrStdout(), list, func(w io.Writer) { printFrontends(w, list) })
-		},
-	}
-	t.flags(c)
-	return c
+	return listCommand("frontends", "List the frontends whose acknowledgement a switch needs", (*admin.Client).Frontends, printFrontends)
 }
 
 func printFrontends(w io.Writer, list []routing.FrontendStatus) {

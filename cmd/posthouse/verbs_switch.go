@@ -125,23 +125,7 @@ func seenText(s routing.Seen) string {
 }
 
 func switchesCommand() *cobra.Command {
-	var t target
-	c := &cobra.Command{
-		Use: "switches", Short: "List the switches in progress and the last that have ended", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			client, err := t.client()
-			if err != nil {
-				return err
-			}
-			list, err := client.Switches(cmd.Context())
-			if err != nil {
-				return err
-			}
-			return t.print(cmd.OutOrStdout(), list, func(w io.Writer) { printSwitches(w, list) })
-		},
-	}
-	t.flags(c)
-	return c
+	return listCommand("switches", "List the switches in progress and the last that have ended", (*admin.Client).Switches, printSwitches)
 }
 
 func printSwitches(w io.Writer, list admin.Switches) {

@@ -57,12 +57,17 @@ type frontend struct {
 // start opens a table in dir with one role, r, on a and b.
 func start(t testing.TB, dir string, budget time.Duration) *frontend {
 	t.Helper()
+	return startWith(t, dir, budget, nil)
+}
+
+func startWith(t testing.TB, dir string, budget time.Duration, hooks routing.Hooks) *frontend {
+	t.Helper()
 	state, err := statedir.Open(dir)
 	must(t, err)
 	store, err := filestore.Open(state)
 	must(t, err)
 	table, err := routing.Start(t.Context(), routing.Options{
-		ID: routing.NewID("fe"), Store: store, Directory: everybody{}, Local: state, SwitchBudget: budget,
+		ID: routing.NewID("fe"), Store: store, Directory: everybody{}, Local: state, SwitchBudget: budget, Hooks: hooks,
 		Backends: map[string]map[string]string{"a": {"imap": "192.0.2.1:143"}, "b": {"imap": "192.0.2.2:143"}},
 		Roles:    map[string]routing.RoleConfig{"r": {Members: []string{"a", "b"}, Active: "a"}},
 	})
@@ -367,4 +372,28 @@ func TestHealth(t *testing.T) {
 			t.Errorf("%s: %d %s", c.path, resp.StatusCode, body)
 		}
 	}
+}
+
+// compares is a comparison that takes longer than an answer may otherwise.
+type compares struct{ routing.Hooks }
+
+func (compares) Compares(string) bool { return true }
+
+func (compares) Compare(ctx context.Context, _ routing.HookCall) (routing.Seen, string, error) {
+	select {
+	case <-ctx.Done():
+		return routing.Seen{}, "", ctx.Err()
+	case <-time.After(max(ioTimeout, askTimeout) + time.Second):
+		return routing.Seen{}, "all equal", nil
+	}
+}
+
+func TestPlanWaitsForTheComparison(t *testing.T) {
+	t.Parallel()
+	f := startWith(t, t.TempDir(), time.Minute, compares{})
+	p, err := f.client.Plan(t.Context(), SwitchRequest{Role: "r", To: "b"})
+	if err != nil || p.Compared != "all equal" {
+		t.Errorf("%+v, %v", p, err)
+	}
+	f.close()
 }

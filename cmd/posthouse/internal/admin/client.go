@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	// askTimeout bounds everything but a switch.
+	// askTimeout bounds everything but what a switch, a plan or a rejoin takes.
 	askTimeout = 30 * time.Second
 	// maxLine bounds a line of Progress: a record, with a text that names a
 	// few residues.
@@ -64,9 +64,10 @@ func (c *Client) Switch(ctx context.Context, req SwitchRequest, progress func(Pr
 	return c.stream(ctx, "/v1/switch", req, progress)
 }
 
-// Plan says what a switch would do, and changes nothing.
+// Plan says what a switch would do, and changes nothing. It takes as long as the
+// reports and the comparison of the members: a minute at most.
 func (c *Client) Plan(ctx context.Context, req SwitchRequest) (p routing.Plan, err error) {
-	return p, c.call(ctx, http.MethodPost, "/v1/switch/plan", req, &p)
+	return p, c.fetch(ctx, http.MethodPost, "/v1/switch/plan", req, &p)
 }
 
 // Failover is Switch when the active is dead.
@@ -77,12 +78,7 @@ func (c *Client) Failover(ctx context.Context, req FailoverRequest, progress fun
 // Rejoin makes a stale member a copy of the active again. It takes as long as
 // the hook; when ctx ends the hook is ended too.
 func (c *Client) Rejoin(ctx context.Context, req RejoinRequest) (done routing.Rejoined, err error) {
-	body, err := c.ask(ctx, http.MethodPost, "/v1/rejoin", req)
-	if err != nil {
-		return done, err
-	}
-	defer body.Close()
-	return done, json.NewDecoder(body).Decode(&done)
+	return done, c.fetch(ctx, http.MethodPost, "/v1/rejoin", req, &done)
 }
 
 // Abort turns a switch back; the undoing goes on when it returns.
@@ -122,6 +118,11 @@ func (c *Client) get(ctx context.Context, path string, answer any) error {
 func (c *Client) call(ctx context.Context, method, path string, req, answer any) error {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
+	return c.fetch(ctx, method, path, req, answer)
+}
+
+// fetch is call for what takes its time.
+func (c *Client) fetch(ctx context.Context, method, path string, req, answer any) error {
 	body, err := c.ask(ctx, method, path, req)
 	if err != nil {
 		return err

@@ -16,9 +16,8 @@ func (h *handler) plan(w http.ResponseWriter, r *http.Request) {
 		fail(w, errorf(CodeBadRequest, "a plan needs role and to"))
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
-	defer cancel()
-	p, err := h.Table.Plan(ctx, req.routing())
+	// It bounds itself, and a comparison takes longer than ioTimeout.
+	p, err := h.Table.Plan(r.Context(), req.routing())
 	if err != nil {
 		fail(w, errorOf(err, routing.SwitchRecord{}))
 		return
@@ -84,13 +83,7 @@ func (h *handler) steer(w http.ResponseWriter, r *http.Request, do func(context.
 		fail(w, errorf(CodeBadRequest, "%s needs role", r.URL.Path))
 		return
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
-	defer cancel()
-	if err := do(ctx, req); err != nil {
-		fail(w, errorOf(err, routing.SwitchRecord{}))
-		return
-	}
-	reply(w, struct{}{})
+	answer(w, r, func(ctx context.Context) (any, error) { return struct{}{}, do(ctx, req) })
 }
 
 func (h *handler) switches(w http.ResponseWriter, _ *http.Request) {
@@ -105,14 +98,7 @@ func (h *handler) switches(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (h *handler) frontends(w http.ResponseWriter, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
-	defer cancel()
-	list, err := h.Table.Frontends(ctx)
-	if err != nil {
-		fail(w, errorOf(err, routing.SwitchRecord{}))
-		return
-	}
-	reply(w, list)
+	answer(w, r, func(ctx context.Context) (any, error) { return h.Table.Frontends(ctx) })
 }
 
 func (h *handler) fence(w http.ResponseWriter, r *http.Request) {
@@ -124,11 +110,17 @@ func (h *handler) fence(w http.ResponseWriter, r *http.Request) {
 		fail(w, errorf(CodeBadRequest, "to fence a frontend needs frontend and confirmed_down: only who has seen that it is down can say so"))
 		return
 	}
+	answer(w, r, func(ctx context.Context) (any, error) { return struct{}{}, h.Table.FenceFrontend(ctx, req.Frontend) })
+}
+
+// answer replies with what do returns, within ioTimeout.
+func answer(w http.ResponseWriter, r *http.Request, do func(context.Context) (any, error)) {
 	ctx, cancel := context.WithTimeout(r.Context(), ioTimeout)
 	defer cancel()
-	if err := h.Table.FenceFrontend(ctx, req.Frontend); err != nil {
+	found, err := do(ctx)
+	if err != nil {
 		fail(w, errorOf(err, routing.SwitchRecord{}))
 		return
 	}
-	reply(w, struct{}{})
+	reply(w, found)
 }
