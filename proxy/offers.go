@@ -7,11 +7,13 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/posthouse/posthouse/backendpool"
+	"github.com/posthouse/posthouse/routing"
 )
 
 // offersPatience bounds the first round, before the first client: a backend
@@ -118,8 +120,9 @@ func (o *offers) ask(ctx context.Context) {
 }
 
 // Reach meets a backend on every protocol that is served, all at a time, never
-// logs in, and returns who could not be met, and why. It takes at most the
-// connect timeout, twice with TLS.
+// logs in, and returns who could not be met, and why; routing.ErrNobodyListens if
+// all of these refuse connections. It takes at most the connect timeout, twice
+// with TLS.
 func (s *Server) Reach(ctx context.Context, name string) error {
 	backend, ok := s.options.Backends.Backend(name)
 	if !ok {
@@ -139,7 +142,11 @@ func (s *Server) Reach(ctx context.Context, name string) error {
 		})
 	}
 	asking.Wait()
-	return errors.Join(errs...)
+	err := errors.Join(errs...)
+	if err != nil && !slices.ContainsFunc(errs, func(err error) bool { return err != nil && !errors.Is(err, syscall.ECONNREFUSED) }) {
+		return fmt.Errorf("%w: %w", routing.ErrNobodyListens, err)
+	}
+	return err
 }
 
 // ask learns what a backend announces on one protocol.

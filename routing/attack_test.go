@@ -304,3 +304,52 @@ func TestSafety21RoleThatCameSinceTheRequest(t *testing.T) {
 		f.stop()
 	})
 }
+
+// A report that hands in residues is long on its way. Meanwhile the role is held by
+// somebody who waits for no report: no ack overtakes what the report carries.
+func TestNoAckOvertakesAReport(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		g := h.start("g") // drives
+		arrives := make(chan struct{})
+		opt := h.opt
+		opt.ID, opt.Local, opt.Directory = NewID("f"), h.local, h.dir
+		store := &lateStore{memStore: h.site.open(), late: func(old, now *State) <-chan struct{} {
+			if q := now.Roles["ma01"].Request; q != nil && len(q.Reports) > len(old.Roles["ma01"].Request.Reports) {
+				return arrives
+			}
+			return nil
+		}}
+		opt.Store = store
+		table, err := Start(t.Context(), opt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := &process{h, table, store.memStore}
+		stay := f.enter("alice")
+		stay.Leave(End{Why: "reset by the client"})
+
+		asked := g.goSwitch(toB)
+		synctest.Wait() // f's report is on its way
+		failed := make(chan error, 1)
+		go func() {
+			_, err := g.Failover(t.Context(), FailoverRequest{Role: "ma01", To: "b", AcceptLoss: true}, nil)
+			failed <- err
+		}()
+		synctest.Wait()
+		if row := g.Snapshot().Roles["ma01"]; row.Phase != PhaseHold || g.Snapshot().Frontends[f.ID()].Floors["ma01"] >= row.Epoch {
+			t.Errorf("an ack has gone out: %+v, %v", row, g.Snapshot().Frontends[f.ID()].Floors)
+		}
+		close(arrives) // and finds the request gone
+		if err := <-failed; err != nil {
+			t.Error(err)
+		}
+		<-asked
+		rec := g.Snapshot().History
+		if last := rec[len(rec)-1]; last.Unclean != 1 {
+			t.Errorf("the residue did not come with the ack: %+v", last)
+		}
+		f.stop()
+		g.stop()
+	})
+}

@@ -19,11 +19,10 @@ func OnPark(f func(role string)) EnterOption { return func(l *login) { l.onPark 
 
 // login is one Enter on its way.
 type login struct {
-	name         string
-	noWait       bool
-	isUnverified bool
-	from         string
-	onPark       func(role string)
+	name   string
+	noWait bool
+	client client
+	onPark func(role string)
 
 	gate   *gate       // where it is parked; Table.mu guards it
 	slots  []slot      // that it has there
@@ -141,7 +140,7 @@ func (t *Table) tryEnter(l *login, who resolved) (*Stay, <-chan struct{}, error)
 	}
 	switch {
 	case in == "":
-		return t.stayLocked(g, who.user, row), nil, nil
+		return t.stayLocked(g, who.user, row, l.client), nil, nil
 	case l.noWait:
 		return nil, nil, fmt.Errorf("%w: role %s: %s", ErrHeld, who.role, in)
 	}
@@ -211,6 +210,7 @@ type Stay struct {
 
 	table   *Table
 	gate    *gate
+	client  client
 	revoked chan struct{}
 	hasLeft bool // Table.mu guards it
 }
@@ -224,9 +224,9 @@ type End struct {
 	Why string
 }
 
-func (t *Table) stayLocked(g *gate, user string, row Row) *Stay {
+func (t *Table) stayLocked(g *gate, user string, row Row, from client) *Stay {
 	s := &Stay{User: user, Role: g.role, Backend: row.Active, Epoch: row.Epoch, Since: time.Now(),
-		table: t, gate: g, revoked: make(chan struct{})}
+		table: t, gate: g, client: from, revoked: make(chan struct{})}
 	g.stays[s] = struct{}{}
 	g.see(user)
 	g.places[place{s.Backend, s.Epoch}]++

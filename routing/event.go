@@ -2,7 +2,6 @@ package routing
 
 import (
 	"context"
-	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -42,7 +41,8 @@ type Event struct {
 	Epoch    uint64    `json:"epoch,omitempty"`
 	Number   uint64    `json:"number,omitempty"` // of the switch
 	Text     string    `json:"text,omitempty"`
-	// Steps are the phases of a switch that has ended.
+	// Steps are the phases of a switch that has ended: with the role that was
+	// asked for, of those that were switched together.
 	Steps []Step `json:"steps,omitempty"`
 }
 
@@ -129,15 +129,34 @@ func changes(old, now *State) []Event {
 		}
 	}
 	for _, rec := range now.History {
-		// Not by its number: of two switches the later one may end first.
-		if !slices.ContainsFunc(old.History, func(o SwitchRecord) bool { return o.Number == rec.Number && o.Role == rec.Role }) {
-			kind, serves := EventOpened, rec.To
-			if !rec.Done {
-				kind, serves = EventAborted, rec.From
+		events = append(events, endOf(rec, old.History)...)
+	}
+	return events
+}
+
+// endOf tells of the roles for which a switch has ended since before.
+func endOf(rec SwitchRecord, before []SwitchRecord) []Event {
+	told := make(map[string]bool)
+	for _, was := range before { // not the last ones: of two switches the later one may end first
+		if was.Number == rec.Number {
+			for role := range was.Epochs {
+				told[role] = true
 			}
-			events = append(events, Event{Kind: kind, Role: rec.Role, Backend: serves, To: rec.To,
-				Epoch: rec.Epoch, Number: rec.Number, Text: rec.AbortWhy, Steps: rec.Steps})
 		}
+	}
+	var events []Event
+	for _, role := range sortedKeys(rec.Epochs) {
+		if told[role] {
+			continue
+		}
+		e := Event{Kind: EventOpened, Role: role, Backend: rec.To, To: rec.To, Epoch: rec.Epochs[role], Number: rec.Number, Text: rec.AbortWhy}
+		if !rec.Done {
+			e.Kind, e.Backend = EventAborted, rec.From
+		}
+		if role == rec.Role {
+			e.Steps = rec.Steps
+		}
+		events = append(events, e)
 	}
 	return events
 }

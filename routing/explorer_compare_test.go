@@ -10,7 +10,7 @@ func (e *explorer) applyRequest(s *State, op storeOp, id string, hand handed) (e
 	case "request":
 		err = e.r.request(s, []string{"r"}, order{to: other(row.Active), hooks: e.hooks}, false, now)
 	case "report":
-		err = e.r.report(s, id, "r", number, Report{}, hand)
+		err = e.r.report(s, id, "r", number, Report{}, map[string]handed{"r": hand})
 	case "compare":
 		err = e.r.compare(s, "r", number)
 		if row := s.Roles["r"]; err == nil && e.effect == effectCompared {

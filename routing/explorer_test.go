@@ -386,7 +386,8 @@ func (e *explorer) apply(s *State, op storeOp) error {
 		return e.r.ack(s, id, "r", uint64(op.epoch), hand)
 	case "goodbye":
 		defer restore(effectGoodbye, effectByeSeen)
-		return e.r.goodbye(s, id, map[string]handed{"r": hand})
+		e.r.goodbye(s, id, map[string]handed{"r": hand})
+		return nil
 	case "bury":
 		defer restore(effectBury, effectBurySeen)
 		return e.r.bury(s, id, now)

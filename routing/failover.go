@@ -65,7 +65,7 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 		row.endComparison()
 		row.Request = nil
 		if old := row.Switch; old != nil {
-			rec := SwitchRecord{Switch: *old, Role: role, From: row.Active, Epoch: row.Epoch, Ended: now}
+			rec := SwitchRecord{Switch: *old, Role: role, From: row.Active, Epochs: map[string]uint64{role: row.Epoch}, Ended: now}
 			rec.AbortWhy = fmt.Sprintf("failover %d takes over in phase %s", s.Switches, row.Phase)
 			s.record(rec)
 		} else {

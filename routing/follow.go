@@ -300,11 +300,10 @@ func (t *Table) ack(ctx context.Context) error {
 			continue
 		}
 		s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.ack(s, id, role, row.Epoch, hand) })
+		t.settle(map[string]handed{role: hand}, err)
 		switch {
 		case errors.Is(err, ErrConflict): // the switch is over; the next view says more
-			t.putBack(role, hand)
 		case err != nil:
-			t.putBack(role, hand)
 			errs = append(errs, fmt.Errorf("acking epoch %d of role %s: %w", row.Epoch, role, err))
 		default:
 			t.install(s, false)
@@ -327,13 +326,6 @@ func (t *Table) ackDue(v *view, role string, row Row) (id string, hand handed, d
 	}
 	t.pruneLocked(g)
 	return t.id, g.handOver(), true
-}
-
-// putBack keeps what was to go with an ack that did not reach the store.
-func (t *Table) putBack(role string, hand handed) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.gateLocked(role).putBack(hand)
 }
 
 // ID is this frontend's ID. It changes only if the registration is lost.

@@ -15,6 +15,7 @@ type presence struct {
 	below      int    // its stays in an epoch below the row's
 	elsewhere  int    // its stays on another backend than the row's active
 	onDisk     bool   // a start from disk would see the held row
+	underWay   int    // how much that it has handed over has not arrived in the store yet
 }
 
 // A gateGuard is one condition of a decision of the gate. in returns "" if it
@@ -66,6 +67,13 @@ var ackGuards = []gateGuard{
 			return ""
 		}
 		return "the held row is not on this frontend's disk yet"
+	}},
+	// Safety 1, 23: what may still run, and who was seen, must be in the row first.
+	{"all that was handed over has arrived", func(_ Row, p presence) string {
+		if p.underWay == 0 {
+			return ""
+		}
+		return "an earlier report of this frontend is on its way to the store"
 	}},
 }
 
@@ -124,6 +132,9 @@ type gate struct {
 	// seen are the users who had stays, not yet handed in; any if seenAll.
 	seen    map[string]struct{}
 	seenAll bool
+	// underWay counts the hands that were taken out and have neither arrived in
+	// the store nor come back.
+	underWay int
 	// wake is closed, and replaced, when a parked login should look again.
 	wake  chan struct{}
 	woken int // how many logins the last wake has woken
@@ -143,7 +154,7 @@ func newGate(role string) *gate {
 
 // presence counts the gate's stays against row.
 func (g *gate) presence(row Row, registered bool, floor uint64, disk Row) presence {
-	p := presence{registered: registered, floor: floor, onDisk: isHeldOnDisk(row, disk)}
+	p := presence{registered: registered, floor: floor, onDisk: isHeldOnDisk(row, disk), underWay: g.underWay}
 	for at, n := range g.places {
 		p.count(row, at, n)
 	}

@@ -15,6 +15,9 @@ type SwitchRequest struct {
 	// ConfirmedClean is the operator's word that nothing of the past runs on
 	// the role's backends any more: it clears the residues recorded so far.
 	ConfirmedClean bool
+	// AcceptRefusals: the switch may begin though some logins would find no place
+	// to wait and be told to try again.
+	AcceptRefusals bool
 }
 
 // Switch holds the role, with those that it shares a backend with where its hooks
@@ -34,7 +37,7 @@ func (t *Table) requests(s *State, req SwitchRequest, planOnly bool, now time.Ti
 	if err != nil {
 		return err
 	}
-	o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean}
+	o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean, acceptRefusals: req.AcceptRefusals}
 	return t.rules.request(s, roles, o, planOnly, now)
 }
 
@@ -181,7 +184,7 @@ func (row Row) number() uint64 {
 // outcome says how the switch with this number ended, if it has.
 func outcome(s *State, role string, number uint64) (rec SwitchRecord, ended bool, err error) {
 	for _, rec := range slices.Backward(s.History) {
-		if rec.Number != number || rec.Role != role {
+		if _, with := rec.Epochs[role]; !with || rec.Number != number {
 			continue
 		}
 		if !rec.Done {
@@ -230,15 +233,17 @@ func (t *Table) Roles() []RoleStatus {
 	return list
 }
 
-// Role returns one role; false if the table does not have it.
-func (t *Table) Role(role string) (RoleStatus, bool) {
+// Switched returns the roles that the switch of this one has in hand; none if
+// there is no switch.
+func (t *Table) Switched(role string) []RoleStatus {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := t.view.Load()
-	if _, ok := v.state.Roles[role]; !ok {
-		return RoleStatus{}, false
+	var list []RoleStatus
+	for _, with := range v.state.together(role) {
+		list = append(list, t.statusLocked(v, with))
 	}
-	return t.statusLocked(v, role), true
+	return list
 }
 
 func (t *Table) statusLocked(v *view, role string) RoleStatus {

@@ -3,8 +3,10 @@ package routing
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"strings"
 	"time"
 )
 
@@ -63,25 +65,81 @@ func (p Parking) limit(kind string) int {
 func From(address netip.Addr) EnterOption {
 	return func(l *login) {
 		if address.IsValid() {
-			l.from = address.String()
+			l.client.from = address.String()
 		}
 	}
 }
 
 // Unverified is for logins whose password only the backend can judge
 // (`auth: backend`): few of them may wait, as anybody could be one (safety 31).
-func Unverified() EnterOption { return func(l *login) { l.isUnverified = true } }
+func Unverified() EnterOption { return func(l *login) { l.client.isUnverified = true } }
+
+// key is that of the limit in the configuration.
+func (s slot) key() string {
+	switch s.kind {
+	case slotRole:
+		return "max_parked_per_role"
+	case slotUser:
+		return "max_parked_per_user"
+	case slotAddress:
+		return "max_parked_per_ip"
+	case slotUnverified:
+		return "max_parked_unverified"
+	}
+	return "max_parked"
+}
+
+// client is who logs in, as far as the limits go by it.
+type client struct {
+	from         string // its address; "" for deliveries
+	isUnverified bool
+}
+
+// slots are what a login to a role takes while it is parked.
+func (c client) slots(role, user string) []slot {
+	slots := []slot{{slotTotal, ""}, {slotRole, role}, {slotUser, user}}
+	if c.from != "" {
+		slots = append(slots, slot{slotAddress, c.from})
+	}
+	if c.isUnverified {
+		slots = append(slots, slot{slotUnverified, ""})
+	}
+	return slots
+}
+
+// crowdedLocked says which limits are in the way if everybody who is inside these
+// roles logs in again at once; "" if none is. Deliveries do not count: what is
+// told to try again there is no login.
+func (t *Table) crowdedLocked(roles []string) string {
+	taken := maps.Clone(t.slots)
+	for _, role := range roles {
+		for s := range t.gateLocked(role).stays {
+			if s.client.from == "" {
+				continue
+			}
+			for _, slot := range s.client.slots(role, s.User) {
+				taken[slot]++
+			}
+		}
+	}
+	worst := make(map[string]slot) // by kind
+	for s, n := range taken {
+		if w, is := worst[s.kind]; n > t.opt.Parking.limit(s.kind) && (!is || n > taken[w] || n == taken[w] && s.name < w.name) {
+			worst[s.kind] = s
+		}
+	}
+	var texts []string
+	for _, kind := range sortedKeys(worst) {
+		s := worst[kind]
+		texts = append(texts, fmt.Sprintf("%d logins %s and places for %d (limits.%s)", taken[s], strings.TrimSpace(kind+" "+s.name), t.opt.Parking.limit(kind), s.key()))
+	}
+	return strings.Join(texts, ", ")
+}
 
 // parkLocked takes the slots of a login that is to wait at g, or says which there
 // are none of.
 func (t *Table) parkLocked(l *login, g *gate, user string) error {
-	slots := []slot{{slotTotal, ""}, {slotRole, g.role}, {slotUser, user}}
-	if l.from != "" {
-		slots = append(slots, slot{slotAddress, l.from})
-	}
-	if l.isUnverified {
-		slots = append(slots, slot{slotUnverified, ""})
-	}
+	slots := l.client.slots(g.role, user)
 	for _, s := range slots {
 		if n := t.slots[s]; n >= t.opt.Parking.limit(s.kind) {
 			return fmt.Errorf("%w: role %s: %d logins are parked %s %s", ErrHeld, g.role, n, s.kind, s.name)

@@ -134,22 +134,16 @@ func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 		if row.Request.Comparison != nil {
 			p.Compared = row.Request.Comparison.Found
 		}
+		for n, f := range p.Frontends {
+			if r, ok := row.Request.Reports[f.ID]; ok {
+				p.Frontends[n].Report = &r
+			}
+		}
 	}
 	for _, role := range p.Roles {
 		row := s.Roles[role]
 		p.Residues = append(p.Residues, row.Residues...)
 		p.Seen = p.Seen.merge(row.Seen)
-		for n, f := range p.Frontends {
-			if row.Request == nil {
-				break
-			}
-			if r, ok := row.Request.Reports[f.ID]; ok {
-				if was := f.Report; was != nil {
-					r.Sessions += was.Sessions
-				}
-				p.Frontends[n].Report = &r
-			}
-		}
 	}
 	p.Steps = steps(t.opt.Roles[req.Role].Hooks, row.Active, req.To)
 	p.Caveats = SwitchRecord{Switch: Switch{To: req.To, Hooks: t.opt.Roles[req.Role].Hooks}, Role: req.Role, From: row.Active}.Caveats()

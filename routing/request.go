@@ -12,9 +12,10 @@ import (
 	"go.uber.org/zap"
 )
 
-// Request is a switch that has been asked for and has not begun: the role is
+// Request is a switch that has been asked for and has not begun: its roles are
 // open, and every frontend reports whether it is ready (preflight). Then the
-// driver holds the role, or refuses.
+// driver holds them, or refuses. Each of the roles has it in its row, the first
+// one with the reports.
 type Request struct {
 	Number uint64    `json:"number"` // the switch's
 	To     string    `json:"to"`
@@ -26,22 +27,27 @@ type Request struct {
 	// PlanOnly: the switch is not to begin; who has asked takes the request
 	// back when it has the reports.
 	PlanOnly bool `json:"plan_only,omitempty"`
+	// AcceptRefusals: it may begin though some logins would find no place to wait.
+	AcceptRefusals bool `json:"accept_refusals,omitempty"`
 	// Comparison of the members, before HOLD; nil if none has begun.
 	Comparison *Comparison `json:"comparison,omitempty"`
-	// Reports by frontend.
+	// Reports by frontend, each on all the roles.
 	Reports map[string]Report `json:"reports,omitempty"`
 }
 
 // Report is what one frontend says to a Request.
 type Report struct {
-	// Sessions that are inside the role.
+	// Sessions that are inside the request's roles.
 	Sessions int `json:"sessions"`
-	// Places for their logins to wait.
-	Places int `json:"places"`
+	// Crowded says which of their logins would find no place to wait; empty if
+	// all would find one.
+	Crowded string `json:"crowded,omitempty"`
 	// Unreachable says which services of the new active cannot be reached from
 	// there, and why; empty if all can.
 	Unreachable string `json:"unreachable,omitempty"`
-	// HooksDigest is RoleConfig's.
+	// Closed: its host is there, and nobody listens.
+	Closed bool `json:"closed,omitempty"`
+	// HooksDigest is RoleConfig's, of the role that was asked for.
 	HooksDigest string `json:"hooks_digest,omitempty"`
 }
 
@@ -73,7 +79,7 @@ func (r rules) request(s *State, roles []string, o order, planOnly bool, now tim
 	for _, role := range roles {
 		row := s.Roles[role]
 		row.Request = &Request{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Asked: now, Roles: slices.Clone(roles),
-			Hooks: slices.Clone(o.hooks), PlanOnly: planOnly}
+			Hooks: slices.Clone(o.hooks), PlanOnly: planOnly, AcceptRefusals: o.acceptRefusals}
 		s.Roles[role] = row
 	}
 	return nil
@@ -98,8 +104,8 @@ func (s *State) requested(role string, number uint64) (Row, error) {
 	return row, err
 }
 
-// report takes a frontend's report, with what it hands in.
-func (r rules) report(s *State, id, role string, number uint64, report Report, hand handed) error {
+// report takes a frontend's report, with what it hands in for each role.
+func (r rules) report(s *State, id, role string, number uint64, report Report, hands map[string]handed) error {
 	row, err := s.requested(role, number)
 	if err != nil {
 		return err
@@ -107,16 +113,15 @@ func (r rules) report(s *State, id, role string, number uint64, report Report, h
 	if _, ok := s.Frontends[id]; !ok {
 		return fmt.Errorf("%w: frontend %s is not registered", ErrConflict, id)
 	}
-	reports := maps.Clone(row.Request.Reports)
-	if reports == nil {
-		reports = make(map[string]Report)
-	}
-	reports[id] = report
 	req := *row.Request
-	req.Reports = reports
+	req.Reports = maps.Clone(req.Reports)
+	if req.Reports == nil {
+		req.Reports = make(map[string]Report)
+	}
+	req.Reports[id] = report
 	row.Request = &req
-	row.take(hand)
 	s.Roles[role] = row
+	s.take(hands)
 	return nil
 }
 
@@ -154,8 +159,9 @@ func (r rules) refuse(s *State, role string, number uint64, why string, now time
 		}
 		q := row.Request
 		if !q.PlanOnly {
-			s.record(SwitchRecord{Role: role, From: row.Active, Epoch: row.Epoch, Ended: now,
-				Switch: Switch{Number: number, To: q.To, Who: q.Who, Why: q.Why, Started: q.Asked, Roles: q.Roles, Hooks: q.Hooks, AbortWhy: why}})
+			s.record(SwitchRecord{Role: role, From: row.Active, Epochs: map[string]uint64{role: row.Epoch}, Ended: now,
+				Switch: Switch{Number: number, To: q.To, Who: q.Who, Why: q.Why, Started: q.Asked, Roles: q.Roles, Hooks: q.Hooks, AbortWhy: why,
+					Steps: []Step{{PhasePreflight, q.Asked}, {PhaseOpen, now}}}})
 		}
 		row.endComparison()
 		if q.Comparison != nil && len(row.Members) > 2 {
@@ -181,11 +187,11 @@ func (s *State) obstacle(row Row) (why string, mayPass bool) {
 		switch {
 		case !reported:
 			missing = append(missing, id)
-		case r.Unreachable != "" && !slices.Contains(q.Hooks, HookPromote): // which may be what opens its doors
+		case r.Unreachable != "" && !(r.Closed && slices.Contains(q.Hooks, HookPromote)): // which may be what opens its doors
 			unready = append(unready, fmt.Sprintf("frontend %s cannot reach %s: %s", id, q.To, r.Unreachable))
-		case r.Sessions > r.Places:
-			unready = append(unready, fmt.Sprintf("frontend %s has %d sessions and %d places for logins to wait: raise limits.max_parked and limits.max_parked_per_role",
-				id, r.Sessions, r.Places))
+		case r.Crowded != "" && !q.AcceptRefusals:
+			unready = append(unready, fmt.Sprintf("frontend %s has not enough places for logins to wait: %s: raise these limits, or have logins refused (--accept-refusals)",
+				id, r.Crowded))
 		}
 	}
 	if len(hooks) > 1 {
@@ -226,10 +232,9 @@ func (t *Table) answerRequests(ctx context.Context) {
 func (t *Table) reportDue(ctx context.Context) error {
 	var errs []error
 	s, id := t.Snapshot(), t.ID()
-	reach := make(map[string]string) // by backend: each is tried once
 	for _, role := range s.inMotion() {
 		q := s.Roles[role].Request
-		if q == nil {
+		if q == nil || q.Roles[0] != role {
 			continue
 		}
 		if _, registered := s.Frontends[id]; !registered {
@@ -238,38 +243,43 @@ func (t *Table) reportDue(ctx context.Context) error {
 		if _, reported := q.Reports[id]; reported {
 			continue
 		}
-		if _, tried := reach[q.To]; !tried && t.opt.Reach != nil {
-			reach[q.To] = ""
+		report := Report{HooksDigest: t.opt.Roles[role].HooksDigest}
+		if t.opt.Reach != nil {
 			if err := t.opt.Reach(ctx, q.To); err != nil {
-				reach[q.To] = err.Error()
+				report.Unreachable, report.Closed = err.Error(), errors.Is(err, ErrNobodyListens)
 			}
 		}
-		report, hand := t.prepareReport(role, reach[q.To])
-		fresh, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.report(s, id, role, q.Number, report, hand) })
-		if err == nil {
+		hands := t.inspect(q.Roles, &report)
+		fresh, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.report(s, id, role, q.Number, report, hands) })
+		t.settle(hands, err)
+		t.wakeKeeper() // an ack may have waited for that
+		switch {
+		case err == nil:
 			t.install(fresh, false)
-			continue
-		}
-		t.putBack(role, hand)
-		if !errors.Is(err, ErrConflict) {
+		case !errors.Is(err, ErrConflict):
 			errs = append(errs, fmt.Errorf("reporting on switch %d of role %s: %w", q.Number, role, err))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func (t *Table) prepareReport(role, unreachable string) (Report, handed) {
+// inspect completes a report on these roles, and takes out of their gates what
+// goes with it. settle must follow.
+func (t *Table) inspect(roles []string, report *Report) (hands map[string]handed) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	g := t.gateLocked(role)
-	t.pruneLocked(g)
-	hand := g.handOver()
-	for s := range g.stays { // they may change more
-		g.see(s.User)
+	hands = make(map[string]handed)
+	for _, role := range roles {
+		g := t.gateLocked(role)
+		t.pruneLocked(g)
+		hands[role] = g.handOver()
+		for s := range g.stays { // they may change more
+			g.see(s.User)
+		}
+		report.Sessions += len(g.stays)
 	}
-	free := t.opt.Parking.Total - t.slots[slot{slotTotal, ""}]
-	return Report{Sessions: len(g.stays), Places: min(free, t.opt.Parking.Role), Unreachable: unreachable,
-		HooksDigest: t.opt.Roles[role].HooksDigest}, hand
+	report.Crowded = t.crowdedLocked(roles)
+	return hands
 }
 
 // stepRequest does what is due for a request. row is that of its first role.

@@ -3,6 +3,8 @@ package routing
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -11,16 +13,24 @@ import (
 
 // Safety 19: a switch that could not end well does not begin.
 func TestSafety19Preflight(t *testing.T) {
+	shut := fmt.Errorf("%w: imap: connection refused", ErrNobodyListens)
+	away := errors.New("imap: no route to host")
 	for name, c := range map[string]struct {
 		reach   error
 		parking Parking
 		hooks   []Hook
 		reason  string // "": it switches
 	}{
-		"all is well":                {nil, Parking{}, nil, ""},
-		"a frontend cannot reach b":  {errors.New("imap: connection refused"), Parking{}, nil, "cannot reach b: imap: connection refused"},
-		"promote opens its doors":    {errors.New("imap: connection refused"), Parking{}, []Hook{HookPromote}, ""},
-		"no places for their logins": {nil, Parking{Role: 1}, nil, "2 sessions and 1 places"},
+		"all is well":                         {nil, Parking{}, nil, ""},
+		"nobody listens at b":                 {shut, Parking{}, nil, "cannot reach b: nobody listens there: imap: connection refused"},
+		"promote opens its doors":             {shut, Parking{}, []Hook{HookPromote}, ""},
+		"a frontend cannot reach b's host":    {away, Parking{}, []Hook{HookPromote}, "cannot reach b: imap: no route to host"},
+		"no places for the role's logins":     {nil, Parking{Role: 1}, nil, "2 logins for role ma01 and places for 1 (limits.max_parked_per_role)"},
+		"none for a user's":                   {nil, Parking{User: 1}, nil, "2 logins for user alice and places for 1 (limits.max_parked_per_user)"},
+		"none for those from an address":      {nil, Parking{Address: 1}, nil, "2 logins from 192.0.2.1 and places for 1 (limits.max_parked_per_ip)"},
+		"none for those nobody has verified":  {nil, Parking{Unverified: 1}, nil, "2 logins that nobody has verified and places for 1 (limits.max_parked_unverified)"},
+		"none for all logins":                 {nil, Parking{Total: 1}, nil, "2 logins in all and places for 1 (limits.max_parked)"},
+		"none, with all that waits elsewhere": {nil, Parking{Total: 2}, nil, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -36,9 +46,14 @@ func TestSafety19Preflight(t *testing.T) {
 				g := h.start("g")
 				var stays []*Stay
 				for range 2 {
-					s := g.enter("alice")
+					s, err := g.Enter(t.Context(), "alice", From(netip.MustParseAddr("192.0.2.1")), Unverified())
+					if err != nil {
+						t.Fatal(err)
+					}
 					stays = append(stays, s)
 				}
+				delivery := g.enter("alice") // is told to try again: no login that is refused
+				stays = append(stays, delivery)
 				if c.reason == "" {
 					go func() {
 						for _, s := range stays {
@@ -64,6 +79,38 @@ func TestSafety19Preflight(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The places are those for the logins of all roles that are switched together; and
+// the operator may go on without.
+func TestSafety19PreflightOfGroup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.opt.Parking = Parking{Total: 3}
+		h.opt.Hooks = &hookLog{site: h.site}
+		for _, role := range []string{"ma01", "ma02"} {
+			h.opt.Roles[role] = RoleConfig{Members: []string{"a", "b"}, Active: "a", Hooks: []Hook{HookDemote}}
+		}
+		f := h.start("f")
+		for _, user := range []string{"alice", "alice", "carol", "carol"} {
+			s, err := f.Enter(t.Context(), user, From(netip.MustParseAddr("192.0.2.1")))
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() {
+				<-s.Revoked()
+				s.Leave(proven)
+			}()
+		}
+		f.mustFail(toB, "4 logins in all and places for 3")
+		req := toB
+		req.AcceptRefusals = true
+		f.mustSwitch(req)
+		if f.Snapshot().Roles["ma02"].Active != "b" {
+			t.Errorf("%+v", f.Snapshot().Roles)
+		}
+		f.stop()
+	})
 }
 
 // A plan asks every frontend and changes nothing.

@@ -165,21 +165,11 @@ func (s *State) forgetBackend(name string) {
 	}
 }
 
-// goodbye ends a registration: nobody is inside any more. hands are by role.
-func (r rules) goodbye(s *State, id string, hands map[string]handed) error {
-	if _, ok := s.Frontends[id]; !ok {
-		return fmt.Errorf("%w: frontend %s is not registered", ErrConflict, id)
-	}
+// goodbye ends a registration: nobody is inside any more. hands are by role. Who
+// was buried meanwhile hands in all the same.
+func (r rules) goodbye(s *State, id string, hands map[string]handed) {
 	delete(s.Frontends, id)
-	for role, hand := range hands {
-		row, ok := s.Roles[role]
-		if !ok {
-			continue
-		}
-		row.take(hand)
-		s.Roles[role] = row
-	}
-	return nil
+	s.take(hands)
 }
 
 // bury ends the registration of a frontend that is proven to have ended

@@ -92,7 +92,6 @@ func refusals(t *testing.T, r rules) []refusal {
 		{"ack: of another epoch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.1", "r", 4, handed{}) }, "no ack of 4"},
 		{"ack: by a stranger", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.ack(s, "f.2", "r", 5, handed{}) }, "not registered"},
 		{"register: twice", nil, func(s *State) error { return r.register(s, "f.1", Frontend{}) }, "never reused"},
-		{"goodbye: by a stranger", nil, func(s *State) error { return r.goodbye(s, "f.2", nil) }, "not registered"},
 		{"members: without the active", nil, func(s *State) error { return r.setMembers(s, "r", []string{"b", "c"}) }, "its active a"},
 		{"members: in a switch", func(s *State) { mustHold(t, s) }, func(s *State) error { return r.setMembers(s, "r", []string{"a", "b"}) }, "while it is switched"},
 		{"members: fewer", nil, func(s *State) error { return r.setMembers(s, "r", []string{"a", "b"}) }, ""},
@@ -302,8 +301,9 @@ func TestInitRoleEndsItsRequest(t *testing.T) {
 // Of two switches the later one may end first: both ends are told.
 func TestEndsAreToldInAnyOrder(t *testing.T) {
 	first, second := emptyState(), emptyState()
-	first.History = []SwitchRecord{{Role: "r", Switch: Switch{Number: 3}, Done: true}}
-	second.History = append(slices.Clone(first.History), SwitchRecord{Role: "q", Switch: Switch{Number: 2}, Done: true})
+	first.History = []SwitchRecord{{Role: "r", Switch: Switch{Number: 3}, Done: true, Epochs: map[string]uint64{"r": 2}}}
+	second.History = append(slices.Clone(first.History),
+		SwitchRecord{Role: "q", Switch: Switch{Number: 2}, Done: true, Epochs: map[string]uint64{"q": 2}})
 	events := changes(first, second)
 	if len(events) != 1 || events[0].Kind != EventOpened || events[0].Role != "q" {
 		t.Errorf("%+v", events)
@@ -323,5 +323,45 @@ func TestRecordSaysWhatIsUncertain(t *testing.T) {
 	said := strings.Join(s.History[len(s.History)-1].Caveats(), "\n")
 	if !strings.Contains(said, "without proof that nothing of them runs on: 2") || strings.Contains(said, "catch_up") {
 		t.Error(said)
+	}
+}
+
+// A switch of many roles is one record: the history has room for it, and whoever
+// waits for it, with any of its roles, hears of its end.
+func TestGroupIsOneRecord(t *testing.T) {
+	s, r := table(t), rules{}
+	roles := []string{"r"}
+	for n := range historyLimit + 10 {
+		role := fmt.Sprint("q", n)
+		s.Roles[role] = Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: PhaseOpen}
+		roles = append(roles, role)
+	}
+	if err := r.hold(s, roles, order{to: "b"}, explorerTime); err != nil {
+		t.Fatal(err)
+	}
+	number, before := s.Roles["r"].Switch.Number, s.Clone()
+	for _, role := range roles {
+		if err := errors.Join(r.ack(s, "f.1", role, s.Roles[role].Epoch, handed{residues: []Residue{{Backend: "b", User: "u"}}}),
+			r.advance(s, role, PhaseHold, explorerTime)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(s.History) != 1 || s.History[0].Role != "r" || s.History[0].Unclean != len(roles) {
+		t.Fatalf("%d records, the last: %+v", len(s.History), s.History[len(s.History)-1])
+	}
+	opened, steps := 0, 0
+	for _, e := range changes(before, s) {
+		if e.Kind == EventOpened {
+			opened++
+			steps += min(len(e.Steps), 1)
+		}
+	}
+	if opened != len(roles) || steps != 1 {
+		t.Errorf("%d of %d roles are told to be open, %d of them for the switch", opened, len(roles), steps)
+	}
+	for _, role := range roles {
+		if rec, ended, err := outcome(s, role, number); !ended || err != nil || rec.Epochs[role] != s.Roles[role].Epoch {
+			t.Errorf("%s: %+v, %v, %v", role, rec, ended, err)
+		}
 	}
 }

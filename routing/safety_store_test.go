@@ -102,7 +102,7 @@ func TestSafety11EveryMemberIsWaitedFor(t *testing.T) {
 		h.site.observe(func(_, now *State) {
 			row := now.Roles["ma01"]
 			if row.Request != nil {
-				rules{}.report(now, "silent.1", "ma01", row.Request.Number, Report{}, handed{})
+				rules{}.report(now, "silent.1", "ma01", row.Request.Number, Report{}, nil)
 			}
 		})
 		f.mustFail(toB, "no ack from frontend silent.1")

@@ -36,6 +36,17 @@ func (row *Row) take(h handed) {
 	row.Seen = row.Seen.merge(h.seen)
 }
 
+// take puts what a frontend has handed in into the rows; a role that the store
+// does not have has none.
+func (s *State) take(hands map[string]handed) {
+	for role, hand := range hands {
+		if row, ok := s.Roles[role]; ok {
+			row.take(hand)
+			s.Roles[role] = row
+		}
+	}
+}
+
 // see notes that a user had a stay.
 func (g *gate) see(user string) {
 	if g.seenAll {
@@ -48,17 +59,23 @@ func (g *gate) see(user string) {
 	}
 }
 
-// handOver takes out of the gate what is to be handed in; putBack puts it back
-// where it did not arrive.
+// handOver takes out of the gate what is to be handed in. arrived or putBack must
+// follow: no ack goes out before.
 func (g *gate) handOver() handed {
 	h := handed{residues: g.list(), seen: Seen{All: g.seenAll, Users: slices.Sorted(maps.Keys(g.seen))}}
 	clear(g.residues)
 	clear(g.seen)
 	g.seenAll = false
+	g.underWay++
 	return h
 }
 
+// arrived: what was handed over is in the store.
+func (g *gate) arrived() { g.underWay-- }
+
+// putBack: it did not get there, and waits for the next time.
 func (g *gate) putBack(h handed) {
+	g.underWay--
 	for _, r := range h.residues {
 		g.add(r)
 	}
@@ -66,4 +83,17 @@ func (g *gate) putBack(h handed) {
 	for _, user := range h.seen.Users {
 		g.see(user)
 	}
+}
+
+// settle ends what handOver began, for several roles: err is the store's answer.
+func (t *Table) settle(hands map[string]handed, err error) {
+	t.mu.Lock()
+	for role, hand := range hands {
+		if g := t.gateLocked(role); err == nil {
+			g.arrived()
+		} else {
+			g.putBack(hand)
+		}
+	}
+	t.mu.Unlock()
 }

@@ -13,10 +13,13 @@ import (
 
 // Phase is where a role stands in a switch (design: HOLD → ACK → DEMOTE →
 // CATCH UP → PROMOTE → OPEN). ACK is no phase of its own: it is HOLD until
-// every registered frontend has raised its floor.
+// every registered frontend has raised its floor. Preflight is no phase of a
+// row, which is open then: it stands in Switch.Steps only.
 type Phase string
 
 const (
+	PhasePreflight Phase = "preflight" // asked for; frontends report, members are compared
+
 	PhaseOpen    Phase = "open"     // the active serves; sessions enter
 	PhaseHold    Phase = "hold"     // new logins park, old stays drain, floors are awaited
 	PhaseDemote  Phase = "demote"   // the old active's hook runs
@@ -166,13 +169,15 @@ type Step struct {
 	At    time.Time `json:"at"`
 }
 
-// SwitchRecord is a switch that has ended.
+// SwitchRecord is a switch that has ended, with all its roles. A failover that
+// took over some of them only leaves two of a number, which differ in their end.
 type SwitchRecord struct {
 	Switch
-	Role  string    `json:"role"`
-	From  string    `json:"from"`
-	Epoch uint64    `json:"epoch"` // the epoch that it opened
-	Ended time.Time `json:"ended"`
+	Role string `json:"role"` // that was asked for
+	From string `json:"from"`
+	// Epochs are those in which its roles go on, by role.
+	Epochs map[string]uint64 `json:"epochs"`
+	Ended  time.Time         `json:"ended"`
 	// Done is true if To was opened, false if the switch was aborted.
 	Done bool `json:"done"`
 }
@@ -234,6 +239,9 @@ var (
 	ErrInDoubt = errors.New("the store is in doubt")
 	// ErrClosed: this frontend is shutting down.
 	ErrClosed = errors.New("the frontend is shutting down")
+	// ErrNobodyListens: a backend's host answered, and nothing serves what could
+	// not be reached there. It is for Options.Reach.
+	ErrNobodyListens = errors.New("nobody listens there")
 	// ErrConflict: a rule refused the change; the message says which.
 	ErrConflict = errors.New("the role table does not allow it")
 )

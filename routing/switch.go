@@ -125,6 +125,7 @@ type order struct {
 	// confirmedClean is the operator's word that clears the roles' residues; for
 	// a request.
 	confirmedClean bool
+	acceptRefusals bool // for a request
 }
 
 // hold begins a switch of all these roles: from now on nobody enters below
@@ -145,14 +146,17 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 		}
 		row.Epoch++
 		row.Phase = PhaseHold
-		compared := ""
-		if row.Request != nil && row.Request.Comparison != nil {
-			compared = row.Request.Comparison.Found
+		sw := &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now,
+			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks)}
+		if q := row.Request; q != nil {
+			sw.Steps = []Step{{PhasePreflight, q.Asked}}
+			if q.Comparison != nil {
+				sw.Compared = q.Comparison.Found
+			}
 		}
+		sw.Steps = append(sw.Steps, Step{PhaseHold, now})
 		row.endComparison()
-		row.Request = nil
-		row.Switch = &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now, Compared: compared,
-			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Steps: []Step{{PhaseHold, now}}}
+		row.Request, row.Switch = nil, sw
 		s.Roles[role] = row
 	}
 	return nil
@@ -436,9 +440,9 @@ func (r rules) reopen(s *State, role string, now time.Time) error {
 
 // end opens a role and puts its switch into the history. Residues stay.
 func (s *State) end(role string, row Row, active string, epoch uint64, done bool, now time.Time) {
-	rec := SwitchRecord{Switch: *row.Switch, Role: role, From: row.Active, Epoch: epoch, Ended: now, Done: done}
+	rec, from := *row.Switch, row.Active
 	rec.Steps = append(rec.Steps, Step{PhaseOpen, now})
-	s.record(rec)
+	s.record(SwitchRecord{Switch: rec, Role: role, From: from, Epochs: map[string]uint64{role: epoch}, Ended: now, Done: done})
 	for _, f := range s.Frontends {
 		delete(f.Floors, role) // the next epoch is above all of them
 	}
@@ -453,14 +457,26 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 		row.Stale = maps.Clone(row.Stale)
 		delete(row.Stale, rec.To)
 	}
-	if done && rec.Failover && rec.From != "" {
-		row.leaveBehind(rec.From, rec.Number, now)
-		row.Residues = slices.DeleteFunc(row.Residues, func(res Residue) bool { return res.Backend == rec.From && rec.AcceptLoss })
+	if done && rec.Failover && from != "" {
+		row.leaveBehind(from, rec.Number, now)
+		row.Residues = slices.DeleteFunc(row.Residues, func(res Residue) bool { return res.Backend == from && rec.AcceptLoss })
 	}
 	s.Roles[role] = row
 }
 
+// record puts a switch that has ended for one of its roles into the history:
+// once for all of them.
 func (s *State) record(rec SwitchRecord) {
+	for n, of := range s.History {
+		if of.Number != rec.Number || of.Done != rec.Done || of.AbortWhy != rec.AbortWhy {
+			continue
+		}
+		of.Epochs = maps.Clone(of.Epochs)
+		maps.Copy(of.Epochs, rec.Epochs)
+		of.Unclean += rec.Unclean
+		s.History[n] = of
+		return
+	}
 	s.History = append(s.History, rec)
 	if n := len(s.History) - historyLimit; n > 0 {
 		s.History = slices.Delete(s.History, 0, n)

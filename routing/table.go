@@ -66,7 +66,8 @@ type Options struct {
 	// Deadline they are revoked that much before it passes.
 	DrainTimeout time.Duration
 	// Reach, if set, tries whether this frontend can reach a backend on each
-	// service, within a few seconds.
+	// service, within a few seconds. ErrNobodyListens is no obstacle to a switch
+	// whose promote hook may open the backend's doors.
 	Reach func(ctx context.Context, backend string) error
 	// ResidueMaxAge is after how long work whose end nobody saw is taken to
 	// have ended: an assumption. 0 means never.
@@ -267,7 +268,8 @@ func (t *Table) Close(ctx context.Context) error {
 		if _, ok := s.Frontends[id]; !ok && len(hands) == 0 {
 			return errNothing
 		}
-		return t.rules.goodbye(s, id, hands)
+		t.rules.goodbye(s, id, hands)
+		return nil
 	})
 	t.tellAll()
 	if err != nil && !errors.Is(err, errNothing) {

@@ -86,7 +86,7 @@ func TestSwitchProgressAndRecord(t *testing.T) {
 		if !slices.Equal(kinds, []EventKind{EventHeld, EventAcked, EventOpened}) {
 			t.Errorf("progress = %v", kinds)
 		}
-		if !rec.Done || rec.From != "a" || rec.To != "b" || rec.Epoch != 2 || rec.Number != 1 || rec.Attempt != 1 {
+		if !rec.Done || rec.From != "a" || rec.To != "b" || rec.Epochs["ma01"] != 2 || rec.Number != 1 || rec.Attempt != 1 {
 			t.Errorf("record = %+v", rec)
 		}
 		if _, err := f.Switch(t.Context(), toB, nil); !errors.Is(err, ErrConflict) || !strings.Contains(err.Error(), "active already") {
@@ -335,7 +335,7 @@ func TestInitNewRole(t *testing.T) {
 			t.Errorf("Enter into a role outside the table: %v", err)
 		}
 		rec, err := n.InitRole(t.Context(), "ma03", "a", "test", false)
-		if err != nil || !rec.Done || rec.Epoch != 1 {
+		if err != nil || !rec.Done || rec.Epochs["ma01"] != 1 {
 			t.Fatalf("%+v, %v", rec, err)
 		}
 		for _, p := range []*process{f, g, n} {

@@ -6,7 +6,8 @@ import (
 	"github.com/posthouse/posthouse/routing"
 )
 
-// metrics are those of the role table. Every frontend counts every switch.
+// metrics are those of the role table. Every frontend counts every switch, once
+// for all its roles.
 type metrics struct {
 	switches *prometheus.CounterVec
 	phases   *prometheus.HistogramVec
@@ -15,11 +16,11 @@ type metrics struct {
 func newMetrics(r prometheus.Registerer) *metrics {
 	m := &metrics{
 		switches: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "posthouse_switches_total", Help: "Switches that have ended, by result: opened or aborted.",
+			Name: "posthouse_switches_total", Help: "Switches that have ended, by result: opened or aborted (also those that were refused).",
 		}, []string{"result"}),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name: "posthouse_switch_phase_seconds", Help: "How long each phase of a switch took.",
-			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20},
+			Name: "posthouse_switch_phase_seconds", Help: "How long each phase of a switch took; preflight has the comparison, hold the acks.",
+			Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 20, 60, 600, 3600},
 		}, []string{"phase"}),
 	}
 	for _, result := range []string{"opened", "aborted"} {
@@ -33,9 +34,9 @@ func newMetrics(r prometheus.Registerer) *metrics {
 // which may be nil.
 func (m *metrics) countSwitches(next func(routing.Event)) func(routing.Event) {
 	return func(e routing.Event) {
-		if e.Kind == routing.EventOpened || e.Kind == routing.EventAborted {
+		if len(e.Steps) > 0 { // once for all roles of a switch
 			m.switches.WithLabelValues(string(e.Kind)).Inc()
-			for n := range max(len(e.Steps)-1, 0) {
+			for n := range len(e.Steps) - 1 {
 				m.phases.WithLabelValues(string(e.Steps[n].Phase)).Observe(e.Steps[n+1].At.Sub(e.Steps[n].At).Seconds())
 			}
 		}

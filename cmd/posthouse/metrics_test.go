@@ -16,12 +16,15 @@ func TestSwitchMetrics(t *testing.T) {
 	tell := newMetrics(r).countSwitches(func(routing.Event) { heard++ })
 	began := time.Now()
 	tell(routing.Event{Kind: routing.EventHeld})
-	tell(routing.Event{Kind: routing.EventAborted}) // refused before it began
+	tell(routing.Event{Kind: routing.EventAborted, Steps: []routing.Step{ // refused before it began
+		{Phase: routing.PhasePreflight, At: began}, {Phase: routing.PhaseOpen, At: began.Add(100 * time.Millisecond)},
+	}})
+	tell(routing.Event{Kind: routing.EventOpened}) // of another role that was switched together with the next
 	tell(routing.Event{Kind: routing.EventOpened, Steps: []routing.Step{
 		{Phase: routing.PhaseHold, At: began}, {Phase: routing.PhasePromote, At: began.Add(300 * time.Millisecond)},
 		{Phase: routing.PhaseOpen, At: began.Add(2 * time.Second)},
 	}})
-	if heard != 3 {
+	if heard != 4 {
 		t.Errorf("%d events were passed on", heard)
 	}
 	families, err := r.Gather()
@@ -39,7 +42,7 @@ func TestSwitchMetrics(t *testing.T) {
 			}
 		}
 	}
-	if want := map[string]float64{"aborted": 1, "opened": 1, "hold": 0.3, "promote": 1.7}; !maps.Equal(got, want) {
+	if want := map[string]float64{"aborted": 1, "opened": 1, "preflight": 0.1, "hold": 0.3, "promote": 1.7}; !maps.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
 }

@@ -66,6 +66,7 @@ func switchCommand() *cobra.Command {
 	c.Flags().StringVar(&req.To, "to", "", "the `BACKEND` that shall serve the role")
 	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the history")
 	c.Flags().BoolVar(&req.ConfirmedClean, "confirmed-clean", false, confirmedClean)
+	c.Flags().BoolVar(&req.AcceptRefusals, "accept-refusals", false, "begin though some logins will find no place to wait and be told to try again")
 	c.Flags().BoolVar(&plan, "plan", false, "say what would happen, and change nothing")
 	c.Flags().StringVar(&abort, "abort", "", "turn back the switch of `ROLE`")
 	c.Flags().BoolVar(&confirmedDown, "confirmed-down", false,
@@ -102,14 +103,18 @@ func printPlan(w io.Writer, p routing.Plan) {
 	fmt.Fprintln(w)
 	printFrontends(w, p.Frontends)
 	for _, f := range p.Frontends {
-		switch {
-		case f.Report == nil:
+		if f.Report == nil {
 			fmt.Fprintf(w, "%s: no report\n", f.ID)
-		case f.Report.Unreachable != "":
-			fmt.Fprintf(w, "%s: %d sessions, CANNOT REACH %s: %s\n", f.ID, f.Report.Sessions, p.To, f.Report.Unreachable)
-		default:
-			fmt.Fprintf(w, "%s: %d sessions, %d places to wait, reaches %s\n", f.ID, f.Report.Sessions, f.Report.Places, p.To)
+			continue
 		}
+		reaches, places := "reaches "+p.To, "all find a place to wait"
+		if f.Report.Unreachable != "" {
+			reaches = fmt.Sprintf("CANNOT REACH %s: %s", p.To, f.Report.Unreachable)
+		}
+		if f.Report.Crowded != "" {
+			places = "NOT ALL FIND A PLACE TO WAIT: " + f.Report.Crowded
+		}
+		fmt.Fprintf(w, "%s: %d sessions, %s, %s\n", f.ID, f.Report.Sessions, places, reaches)
 	}
 	printResidues(w, p.Role, p.Residues)
 	for _, c := range p.Caveats {
@@ -146,7 +151,11 @@ func printSwitches(w io.Writer, list admin.Switches) {
 }
 
 func printSwitch(w io.Writer, rec routing.SwitchRecord, state string) {
-	fmt.Fprintf(w, "%d  %s  %s from %s to %s by %s", rec.Number, clock(rec.Started), rec.Role, rec.From, rec.To, rec.Who)
+	roles := rec.Role
+	if n := len(rec.Roles) - 1; n > 0 {
+		roles += fmt.Sprintf(" (with %d more)", n)
+	}
+	fmt.Fprintf(w, "%d  %s  %s from %s to %s by %s", rec.Number, clock(rec.Started), roles, rec.From, rec.To, rec.Who)
 	if rec.Why != "" {
 		fmt.Fprintf(w, " (%s)", rec.Why)
 	}
@@ -230,7 +239,7 @@ func (t *target) ended(cmd *cobra.Command, rec *routing.SwitchRecord, err error)
 		}
 	}
 	printErr := t.print(cmd.OutOrStdout(), rec, func(w io.Writer) {
-		fmt.Fprintf(w, "%s is on %s in epoch %d; switch %d took %v\n", rec.Role, rec.To, rec.Epoch, rec.Number,
+		fmt.Fprintf(w, "%s is on %s in epoch %d; switch %d took %v\n", rec.Role, rec.To, rec.Epochs[rec.Role], rec.Number,
 			rec.Ended.Sub(rec.Started).Round(time.Millisecond))
 	})
 	if err == nil {

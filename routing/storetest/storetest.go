@@ -130,7 +130,7 @@ func full() *routing.State {
 	req := routing.Request{
 		Number: 8, To: "b", Who: "root", Why: "x", Asked: at, Roles: []string{"ma02"}, Hooks: []routing.Hook{routing.HookProve}, PlanOnly: true,
 		Comparison: &routing.Comparison{Of: routing.Seen{Users: []string{"u"}}, Found: "x", Ended: at, Failed: true},
-		Reports:    map[string]routing.Report{"f1": {Sessions: 3, Places: 4, Unreachable: "imap: refused"}},
+		Reports:    map[string]routing.Report{"f1": {Sessions: 3, Crowded: "2 logins", Unreachable: "imap: refused", Closed: true}},
 	}
 	return &routing.State{
 		Roles: map[string]routing.Row{"ma01": {
@@ -145,7 +145,7 @@ func full() *routing.State {
 		Backends:  map[string]map[string]string{"a": {"imap": "10.0.0.11:143"}},
 		Settings:  map[string]string{"normalise": "precis"},
 		Switches:  7,
-		History:   []routing.SwitchRecord{{Switch: sw, Role: "ma01", From: "b", Epoch: 4, Ended: at, Done: true}},
+		History:   []routing.SwitchRecord{{Switch: sw, Role: "ma01", From: "b", Epochs: map[string]uint64{"ma01": 4}, Ended: at, Done: true}},
 	}
 }
 

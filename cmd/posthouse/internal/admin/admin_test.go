@@ -212,7 +212,7 @@ func TestSwitchTellsWhatItWaitsFor(t *testing.T) {
 	if want := "held waiting acked opened"; strings.Join(kinds, " ") != want {
 		t.Errorf("told: %v, want %s", kinds, want)
 	}
-	if rec == nil || !rec.Done || rec.To != "b" || rec.Epoch != 2 || rec.Who != "me" || rec.Why != "because" {
+	if rec == nil || !rec.Done || rec.To != "b" || rec.Epochs["r"] != 2 || rec.Who != "me" || rec.Why != "because" {
 		t.Errorf("record: %+v", rec)
 	}
 }

@@ -64,10 +64,13 @@ type SwitchRequest struct {
 	// ConfirmedClean: nothing of the past runs on the role's backends any
 	// more; it clears the residues recorded so far.
 	ConfirmedClean bool `json:"confirmed_clean,omitempty"`
+	// AcceptRefusals: begin though some logins would find no place to wait.
+	AcceptRefusals bool `json:"accept_refusals,omitempty"`
 }
 
 func (r SwitchRequest) routing() routing.SwitchRequest {
-	return routing.SwitchRequest{Role: r.Role, To: r.To, Who: r.Who, Why: r.Reason, ConfirmedClean: r.ConfirmedClean}
+	return routing.SwitchRequest{Role: r.Role, To: r.To, Who: r.Who, Why: r.Reason,
+		ConfirmedClean: r.ConfirmedClean, AcceptRefusals: r.AcceptRefusals}
 }
 
 // FailoverRequest asks for another active because the present one is dead. Role

@@ -89,10 +89,21 @@ func (h *handler) steer(w http.ResponseWriter, r *http.Request, do func(context.
 func (h *handler) switches(w http.ResponseWriter, _ *http.Request) {
 	s := h.Table.Snapshot()
 	list := Switches{Open: []routing.SwitchRecord{}, Ended: s.History}
+	at := make(map[uint64]int) // in list.Open, by number
 	for _, role := range h.Table.Roles() {
-		if role.Switch != nil {
-			list.Open = append(list.Open, routing.SwitchRecord{Switch: *role.Switch, Role: role.Role, From: role.Active, Epoch: role.Epoch})
+		sw := role.Switch
+		if sw == nil {
+			continue
 		}
+		n, is := at[sw.Number]
+		if !is {
+			n, at[sw.Number] = len(list.Open), len(list.Open)
+			list.Open = append(list.Open, routing.SwitchRecord{Switch: *sw, Role: role.Role, From: role.Active, Epochs: map[string]uint64{}})
+		}
+		if len(sw.Roles) > 0 {
+			list.Open[n].Role = sw.Roles[0]
+		}
+		list.Open[n].Epochs[role.Role] = role.Epoch
 	}
 	reply(w, list)
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,24 +58,32 @@ func (h *handler) stream(w http.ResponseWriter, r *http.Request, role string,
 	}
 }
 
-// waitsFor says what keeps a held role from opening; "" if nothing is known.
+// waitsFor says what keeps a held role, with those that are switched with it, from
+// opening; "" if nothing is known.
 func (h *handler) waitsFor(role string) string {
-	r, known := h.Table.Role(role)
-	if !known || r.Phase == routing.PhaseOpen {
+	switched := h.Table.Switched(role)
+	if len(switched) == 0 {
 		return ""
 	}
-	var parts []string
-	if r.Phase != routing.PhaseHold {
-		parts = append(parts, "phase "+string(r.Phase))
+	var parts, missing []string
+	if phase := switched[0].Phase; phase != routing.PhaseHold {
+		parts = append(parts, "phase "+string(phase))
 	}
-	if len(r.Missing) > 0 {
-		parts = append(parts, "the ack of frontend "+strings.Join(r.Missing, ", "))
+	below, residues := 0, 0
+	for _, with := range switched {
+		missing = append(missing, with.Missing...)
+		below += with.Below
+		residues += len(with.Residues) + len(with.Unhanded)
 	}
-	if r.Below > 0 {
-		parts = append(parts, fmt.Sprintf("the end of sessions here: %d", r.Below))
+	slices.Sort(missing)
+	if missing = slices.Compact(missing); len(missing) > 0 {
+		parts = append(parts, "the ack of frontend "+strings.Join(missing, ", "))
 	}
-	if n := len(r.Residues) + len(r.Unhanded); n > 0 {
-		parts = append(parts, fmt.Sprintf("residues: %d, until they age out, or a hook or --confirmed-clean clears them", n))
+	if below > 0 {
+		parts = append(parts, fmt.Sprintf("the end of sessions here: %d", below))
+	}
+	if residues > 0 {
+		parts = append(parts, fmt.Sprintf("residues: %d, until they age out, or a hook or --confirmed-clean clears them", residues))
 	}
 	return strings.Join(parts, "; ")
 }
