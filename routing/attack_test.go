@@ -68,7 +68,8 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 		l.mu.Lock()
 		l.slow[HookDemote] = 5 * time.Second // when g drives
 		l.mu.Unlock()
-		<-h.site.driving // f does not know yet that it has lost the election
+		f.store.isDeposed.Store(true) // and does not know it yet
+		<-h.site.driving
 		done := make(chan error, 1)
 		go func() { done <- g.failover(false, "b") }()
 		time.Sleep(time.Second)
@@ -83,7 +84,6 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 			t.Error("the switch that was taken over has succeeded")
 		}
 		g.stop()
-		h.site.driving <- struct{}{}
 		f.stop()
 	})
 }
@@ -214,7 +214,7 @@ func TestRejoinAsksTheStoreFirst(t *testing.T) {
 			t.Fatal(err)
 		}
 		rejoins := func() error {
-			_, err := f.Rejoin(t.Context(), "ma01", "a")
+			_, err := f.Rejoin(t.Context(), RejoinRequest{Role: "ma01", Member: "a"})
 			return err
 		}
 		h.site.fail(errors.New("no quorum"))
@@ -233,7 +233,7 @@ func TestRejoinAsksTheStoreFirst(t *testing.T) {
 		f.stop()
 		s := emptyState()
 		s.Roles["r"] = Row{Members: []string{"a", "b"}, Active: "b", Phase: PhaseOpen, Stale: map[string]Stale{"b": {Number: 1}}}
-		if _, err := (rules{}).rejoining(s, "r", "b"); !errors.Is(err, ErrConflict) {
+		if _, err := (rules{}).rejoining(s, "r", "b", "f.1"); !errors.Is(err, ErrConflict) {
 			t.Errorf("the active rejoins: %v", err)
 		}
 	})

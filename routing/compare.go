@@ -28,6 +28,8 @@ type Comparison struct {
 	// Of was taken out of Row.Seen when the comparison began: what is seen from
 	// then on is newer than it.
 	Of Seen `json:"of,omitzero"`
+	// Driver is who has begun it.
+	Driver string `json:"driver,omitempty"`
 	// Found is the outcome in words; empty until there is one.
 	Found string    `json:"found,omitempty"`
 	Ended time.Time `json:"ended,omitzero"`
@@ -40,7 +42,7 @@ const compareTimeout = time.Hour
 
 // compare begins the comparison of a request, or begins it anew: every frontend
 // has handed in whom it has seen, and has begun to note anew who is seen.
-func (r rules) compare(s *State, role string, number uint64) error {
+func (r rules) compare(s *State, role string, number uint64, driver string) error {
 	row, err := s.requested(role, number)
 	if err != nil {
 		return err
@@ -50,7 +52,7 @@ func (r rules) compare(s *State, role string, number uint64) error {
 		return fmt.Errorf("%w: role %s: the comparison of switch %d has ended", ErrConflict, role, number)
 	}
 	row.endComparison() // of a driver that is no more
-	q.Comparison = &Comparison{Of: row.Seen}
+	q.Comparison = &Comparison{Of: row.Seen, Driver: driver}
 	// What may run on unseen may do so behind the comparison, and be taken to
 	// have ended before that is over.
 	row.Request, row.Seen = &q, seenIn(row.Residues)
@@ -59,21 +61,22 @@ func (r rules) compare(s *State, role string, number uint64) error {
 }
 
 // compared ends it: left are those that have to be looked at once more, as do
-// those whose work may run on unseen; all, if it failed.
+// those whose work may run on unseen; all, if it failed. It may have taken an hour:
+// every frontend reports anew.
 func (r rules) compared(s *State, role string, number uint64, left Seen, c Comparison) error {
 	row, err := s.requested(role, number)
 	if err != nil {
 		return err
 	}
 	q := *row.Request
-	if q.Comparison == nil || q.Comparison.Found != "" {
-		return fmt.Errorf("%w: role %s: switch %d compares nothing now", ErrConflict, role, number)
+	if q.Comparison == nil || q.Comparison.Found != "" || q.Comparison.Driver != c.Driver {
+		return fmt.Errorf("%w: role %s: this is not the comparison of switch %d", ErrConflict, role, number)
 	}
 	if c.Failed {
 		row.endComparison()
 	}
 	row.Seen = row.Seen.merge(left).merge(seenIn(row.Residues))
-	q.Comparison = &c
+	q.Comparison, q.Reports = &c, nil
 	row.Request = &q
 	s.Roles[role] = row
 	return nil
@@ -127,7 +130,7 @@ func (t *Table) compares(role string) bool {
 // runComparison begins a comparison; comparisonEnded hears of its end.
 func (d *driver) runComparison(ctx context.Context, s *State, role string, mine *asking) (bool, error) {
 	q := s.Roles[role].Request
-	did, err := d.commit(ctx, q.Roles, "comparing", func(s *State, role string) error { return d.t.rules.compare(s, role, q.Number) })
+	did, err := d.commit(ctx, q.Roles, "comparing", func(s *State, role string) error { return d.t.rules.compare(s, role, q.Number, d.token) })
 	if !did || err != nil {
 		return did, err
 	}
@@ -167,7 +170,7 @@ func (d *driver) comparisonEnded(ctx context.Context, end compareEnd) {
 	}
 	now := time.Now()
 	mine.cancel, mine.since = nil, now
-	c := Comparison{Found: cmp.Or(end.found, "nothing to compare"), Ended: now}
+	c := Comparison{Found: cmp.Or(end.found, "nothing to compare"), Ended: now, Driver: d.token}
 	if end.err != nil {
 		c.Found, c.Failed = end.err.Error(), true
 	}

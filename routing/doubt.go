@@ -162,13 +162,6 @@ var initGuards = []guard{
 	guardNamed("the new active is a member"),
 	guardNamed("the new active is not stale"),
 	guardNamed("every registered frontend knows the new active"),
-	{"no switch is under way there", func(c change) string {
-		for _, other := range c.s.inMotion() {
-			with := c.s.Roles[other]
-			if sw := with.Switch; other != c.role && sw != nil && len(sw.Hooks) > 0 && (with.Active == c.to || sw.To == c.to) {
-				return fmt.Sprintf("switch %d of role %s is, and its hooks may restart %s: try again when it has ended", sw.Number, other, c.to)
-			}
-		}
-		return ""
-	}},
+	guardNamed("no other switch is under way there"),
+	noRejoin,
 }

@@ -2,6 +2,7 @@ package routing
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"slices"
@@ -16,6 +17,8 @@ import (
 type driving struct {
 	number uint64
 	roles  []string
+	// isMine: this driver had it in hand; who has it now otherwise came later.
+	isMine bool
 	// since counts the budget on the driver's own monotonic clock.
 	since  time.Time
 	ran    Phase // the phase whose hook it has run to the end
@@ -123,6 +126,7 @@ func decideUndo(row Row, d driving) (move, string) {
 // driver drives all switches while this process is the one that does.
 type driver struct {
 	t        *Table
+	token    string // of this term of office
 	switches map[uint64]*driving
 	requests map[uint64]*asking
 	seen     map[string]time.Time // residues, by when this process saw them first
@@ -154,25 +158,37 @@ func (t *Table) drive(ctx context.Context) {
 }
 
 func newDriver(t *Table) *driver {
-	return &driver{t: t, switches: make(map[uint64]*driving), requests: make(map[uint64]*asking), seen: make(map[string]time.Time),
+	return &driver{t: t, token: rand.Text(), switches: make(map[uint64]*driving), requests: make(map[uint64]*asking), seen: make(map[string]time.Time),
 		ended: make(chan hookEnd), comparisons: make(chan compareEnd)}
 }
 
-// run drives until ctx ends, and no hook of its own runs any more.
+// errDeposed: another driver has taken a switch out of this one's hands. Whoever of
+// them is in office will be elected again, and take it up anew.
+var errDeposed = errors.New("another frontend drives, too")
+
+// run drives until ctx ends, or another drives; no hook of its own runs any more
+// then.
 func (d *driver) run(ctx context.Context) {
 	defer d.running.Wait()
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	for ctx.Err() == nil {
 		changed := d.t.Changed()
 		progressed, err := d.step(ctx)
+		if errors.Is(err, errDeposed) {
+			d.t.log.Warn("driving switches: standing for election again", zap.Error(err))
+			pause(ctx, retryAfter) // who is not in office stands behind
+			return
+		}
+		if progressed && err == nil {
+			continue
+		}
+		patience := d.patience()
 		if err != nil && ctx.Err() == nil {
 			d.t.log.Error("driving switches; trying again", zap.Error(err))
-			pause(ctx, retryAfter)
-			continue
+			patience = retryAfter
 		}
-		if progressed {
-			continue
-		}
-		timer := time.NewTimer(d.patience())
+		timer := time.NewTimer(patience)
 		select {
 		case <-ctx.Done():
 		case <-changed:
@@ -254,19 +270,27 @@ func (d *driver) stepSwitch(ctx context.Context, s *State, roles []string, row R
 	mine := d.switches[row.Switch.Number]
 	if mine == nil {
 		mine = &driving{number: row.Switch.Number, since: now}
-		if row.Switch.Attempt > 0 { // not the first driver: its time counts too, by the clocks of two machines
+		if row.Switch.Driver != "" && row.Switch.Driver != d.token { // another's time counts too, by the clocks of two machines
 			mine.since = now.Add(-min(max(now.Sub(row.Switch.Started), 0), t.opt.SwitchBudget))
 		}
 		d.switches[mine.number] = mine
-		return d.commit(ctx, roles, "taking up the switch", func(s *State, role string) error { return t.rules.takeUp(s, role, mine.number) })
 	}
 	mine.roles = roles
+	switch {
+	case row.Switch.Driver == d.token:
+		mine.isMine = true
+	case mine.isMine:
+		return false, errDeposed
+	default:
+		return d.commit(ctx, roles, "taking up the switch", func(s *State, role string) error { return t.rules.takeUp(s, role, mine.number, d.token) })
+	}
 	if d.isBusy(mine.number, roles) {
 		return false, nil
 	}
 	if mine.hook != "" {
-		if row.Phase != mine.in {
-			mine.cancel() // the switch was aborted under it
+		undoes := row.Switch.undoes(mine.hook)
+		if row.Phase != mine.in || undoes != "" && !row.Switch.begun(undoes) {
+			mine.cancel() // the switch was aborted under it, or what it undoes was given up
 		}
 		return false, nil
 	}
@@ -289,21 +313,26 @@ func (d *driver) stepSwitch(ctx context.Context, s *State, roles []string, row R
 }
 
 // left is what is left of the budget for going forward: what was begun has to
-// be undone within it.
+// be undone within it, or what cannot be undone be done.
 func (d *driver) left(mine *driving, row Row, now time.Time) time.Duration {
 	left := d.t.opt.SwitchBudget - now.Sub(mine.since)
-	if row.Switch.has(HookUndoDemote) || row.Switch.has(HookUndoPromote) {
+	if sw := row.Switch; sw.has(HookUndoDemote) || sw.has(HookUndoPromote) || sw.has(HookPromote) {
 		left -= d.t.opt.UndoReserve
 	}
 	return left
 }
 
-// commitStep is commit for one switch only: a step that was long on its way may
-// find another in the same phase.
+// commitStep is commit for one switch, as long as it is in the hands of this
+// driver: a step that was long on its way may find another switch in the same
+// phase, or another driver's hook at work.
 func (d *driver) commitStep(ctx context.Context, mine *driving, what string, rule func(s *State, role string) error) (bool, error) {
 	return d.commit(ctx, mine.roles, what, func(s *State, role string) error {
-		if _, err := s.inSwitch(role, mine.number); err != nil {
+		row, err := s.inSwitch(role, mine.number)
+		if err != nil {
 			return err
+		}
+		if row.Switch.Driver != d.token {
+			return fmt.Errorf("%w: another driver has taken switch %d of %s up", ErrConflict, mine.number, role)
 		}
 		return rule(s, role)
 	})

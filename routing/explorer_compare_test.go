@@ -12,7 +12,7 @@ func (e *explorer) applyRequest(s *State, op storeOp, id string, hand handed) (e
 	case "report":
 		err = e.r.report(s, id, "r", number, Report{}, map[string]handed{"r": hand})
 	case "compare":
-		err = e.r.compare(s, "r", number)
+		err = e.r.compare(s, "r", number, "")
 		if row := s.Roles["r"]; err == nil && e.effect == effectCompared {
 			row.Seen = Seen{}
 			s.Roles["r"] = row
@@ -28,7 +28,7 @@ func (e *explorer) applyRequest(s *State, op storeOp, id string, hand handed) (e
 		if row.Request != nil { // what intern has left out
 			row.Request.Roles, row.Request.Hooks = []string{"r"}, e.hooks
 		}
-		err = e.r.start(s, "r", number, ScopeBackend, now)
+		err = e.r.start(s, "r", number, "", now)
 	case "refuse":
 		if row.Request != nil {
 			row.Request.Roles = []string{"r"}

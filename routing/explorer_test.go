@@ -400,10 +400,10 @@ func (e *explorer) apply(s *State, op storeOp) error {
 	case "abandon":
 		return e.r.abandon(s, "r", "", now)
 	case "rejoin":
-		if _, err := e.r.rejoining(s, "r", other(row.Active)); err != nil {
+		if _, err := e.r.rejoining(s, "r", other(row.Active), ""); err != nil {
 			return err
 		}
-		return e.r.rejoin(s, "r", other(row.Active), row.Active, 0)
+		return e.r.rejoined(s, "r", other(row.Active), row.Active, s.Roles["r"].Stale[other(row.Active)], true)
 	}
 	if e.requests {
 		if err, ok := e.applyRequest(s, op, id, hand); ok {

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"slices"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 // FailoverRequest asks for another active because the present one is dead.
@@ -28,12 +30,15 @@ type FailoverRequest struct {
 // with the acks that it has (safety 20). Afterwards the old active is stale.
 func (t *Table) Failover(ctx context.Context, req FailoverRequest, progress func(Event)) (SwitchRecord, error) {
 	return t.begin(ctx, req.Role, progress, func(s *State, now time.Time) error {
-		config := t.opt.Roles[req.Role]
+		config, err := t.config(req.Role)
+		if err != nil {
+			return err
+		}
 		roles, err := t.rules.group(s, req.Role, req.To, config)
 		if err != nil {
 			return err
 		}
-		o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, acceptLoss: req.AcceptLoss, acceptStale: req.AcceptStale,
+		o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, scope: config.Scope, acceptLoss: req.AcceptLoss, acceptStale: req.AcceptStale,
 			confirmedClean: req.ConfirmedClean}
 		return t.rules.failover(s, roles, o, now)
 	})
@@ -62,8 +67,12 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 		if err := r.check(c, failoverGuards); err != nil {
 			return err
 		}
-		row.endComparison()
-		row.Request = nil
+		if q := row.Request; q != nil {
+			if err := r.refuse(s, role, q.Number, fmt.Sprintf("failover %d takes over", s.Switches), now); err != nil {
+				return err
+			}
+			row = s.Roles[role]
+		}
 		if old := row.Switch; old != nil {
 			rec := SwitchRecord{Switch: *old, Role: role, From: row.Active, Epochs: map[string]uint64{role: row.Epoch}, Ended: now}
 			rec.AbortWhy = fmt.Sprintf("failover %d takes over in phase %s", s.Switches, row.Phase)
@@ -73,7 +82,7 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 		}
 		row.Phase = PhaseHold
 		row.Switch = &Switch{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Started: now, Failover: true, AcceptLoss: o.acceptLoss, AcceptStale: o.acceptStale,
-			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Begun: slices.Clone(begun), Steps: []Step{{PhaseHold, now}}}
+			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Scope: o.scope, Begun: slices.Clone(begun), Steps: []Step{{PhaseHold, now}}}
 		s.Roles[role] = row
 	}
 	return nil
@@ -91,6 +100,7 @@ var failoverGuards = []guard{
 	guardNamed("the new active is a member"),
 	guardNamed("the new active is another one"),
 	guardNamed("the new active is not stale"),
+	noRejoin,
 	guardNamed("every registered frontend knows the new active"),
 	{"the old active is off, or the loss accepted", func(c change) string {
 		if c.row.Active != "" && !c.isFenced {
@@ -112,29 +122,39 @@ type Rejoined struct {
 	Output string `json:"output"`
 }
 
+// RejoinRequest asks for a stale member to become a copy of the active again.
+type RejoinRequest struct {
+	Role, Member string
+	Who, Why     string
+}
+
 // Rejoin makes a stale member a copy of the role's active again: the rejoin hook
 // does it (with the active as From and the member as To), then the member is
 // stale no more. Where the hook may restart the member it is for all roles that
 // were left behind there and have the same active. It blocks until the hook has
 // ended, and may be repeated.
-func (t *Table) Rejoin(ctx context.Context, role, member string) (Rejoined, error) {
-	var row Row
-	var roles []string
-	config := t.opt.Roles[role]
+func (t *Table) Rejoin(ctx context.Context, req RejoinRequest) (Rejoined, error) {
+	config, err := t.config(req.Role)
+	if err != nil {
+		return Rejoined{}, err
+	}
 	// The hook overwrites the member: not by what this frontend believes, which
 	// may be cut off.
+	var roles []string
+	by := t.ID()
 	s, err := t.opt.Store.Update(ctx, func(s *State) (err error) {
-		if row, err = t.rules.rejoining(s, role, member); err != nil {
+		row, err := t.rules.rejoining(s, req.Role, req.Member, by)
+		if err != nil {
 			return err
 		}
 		if !slices.Contains(config.Hooks, HookRejoin) || t.opt.Hooks == nil {
-			return fmt.Errorf("%w: role %s has no rejoin hook: %s cannot be proven to be a copy of %s", ErrConflict, role, member, row.Active)
+			return fmt.Errorf("%w: role %s has no rejoin hook: %s cannot be proven to be a copy of %s", ErrConflict, req.Role, req.Member, row.Active)
 		}
-		if roles, err = t.rules.leftBehind(s, role, member, config); err != nil {
+		if roles, err = t.rules.leftBehind(s, req.Role, req.Member, config); err != nil {
 			return err
 		}
 		return each(roles[1:], func(other string) error {
-			_, err := t.rules.rejoining(s, other, member)
+			_, err := t.rules.rejoining(s, other, req.Member, by)
 			return err
 		})
 	})
@@ -142,25 +162,35 @@ func (t *Table) Rejoin(ctx context.Context, role, member string) (Rejoined, erro
 		return Rejoined{}, err
 	}
 	t.install(s, false)
-	stale := row.Stale[member]
+	row := s.Roles[req.Role]
+	stale := row.Stale[req.Member]
+	log := t.log.With(zap.Strings("roles", roles), zap.String("member", req.Member), zap.String("active", row.Active),
+		zap.Int("attempt", stale.Attempt), zap.String("by", req.Who), zap.String("reason", req.Why))
+	log.Info("rejoin begins")
 	done := Rejoined{Roles: roles}
-	done.Output, err = t.opt.Hooks.Run(ctx, HookCall{Hook: HookRejoin, Roles: roles, From: row.Active, To: member,
+	done.Output, err = t.opt.Hooks.Run(ctx, HookCall{Hook: HookRejoin, Roles: roles, From: row.Active, To: req.Member,
 		Number: stale.Number, Epoch: row.Epoch, Attempt: stale.Attempt, Seen: Seen{All: true}})
+	isCopy := err == nil
 	if err != nil {
-		return done, fmt.Errorf("hook rejoin: %w", err)
+		log.Error("rejoin failed", zap.String("output", done.Output), zap.Error(err))
+		err = fmt.Errorf("hook rejoin: %w", err)
+	} else {
+		log.Info("rejoin done", zap.String("output", done.Output))
 	}
-	numbers := make(map[string]uint64)
-	for _, role := range roles {
-		numbers[role] = s.Roles[role].Stale[member].Number
-	}
-	s, err = t.opt.Store.Update(ctx, func(s *State) error {
-		return each(roles, func(role string) error { return t.rules.rejoin(s, role, member, row.Active, numbers[role]) })
+	fresh, unwritten := t.opt.Store.Update(context.WithoutCancel(ctx), func(now *State) error {
+		return each(roles, func(role string) error {
+			return t.rules.rejoined(now, role, req.Member, row.Active, s.Roles[role].Stale[req.Member], isCopy)
+		})
 	})
-	if err != nil {
-		return done, fmt.Errorf("role %s: %s has rejoined and is still marked as stale, run it again: %w", role, member, err)
+	switch {
+	case unwritten == nil:
+		t.install(fresh, false)
+	case isCopy:
+		err = fmt.Errorf("role %s: %s has rejoined and is still marked as stale, run it again: %w", req.Role, req.Member, unwritten)
+	default:
+		log.Error("writing down that a rejoin has ended", zap.Error(unwritten)) // it counts until this frontend is gone
 	}
-	t.install(s, false)
-	return done, nil
+	return done, err
 }
 
 // leftBehind are the roles that rejoin at member together, by what their hook may
@@ -175,7 +205,7 @@ func (r rules) leftBehind(s *State, role, member string, config RoleConfig) ([]s
 		_, stale := with.Stale[member]
 		switch {
 		case other == role:
-		case with.Active == member || with.Switch != nil && with.Switch.To == member:
+		case with.Active == member || with.to() == member:
 			return nil, fmt.Errorf("%w: role %s: %s serves role %s, or is to serve it, and the hook may restart it: "+
 				"state that it touches nothing else (scope: role)", ErrConflict, role, member, other)
 		case stale && with.Active == s.Roles[role].Active:
@@ -185,13 +215,15 @@ func (r rules) leftBehind(s *State, role, member string, config RoleConfig) ([]s
 	return group, nil
 }
 
-// rejoining counts a rejoin that is about to begin, and returns the row.
-func (r rules) rejoining(s *State, role, member string) (Row, error) {
+// rejoining counts a rejoin that is about to begin, by frontend by, and returns
+// the row.
+func (r rules) rejoining(s *State, role, member, by string) (Row, error) {
 	row, err := s.row(role)
 	if err != nil {
 		return Row{}, err
 	}
 	stale, ok := row.Stale[member]
+	_, isAtWork := s.Frontends[stale.RejoinBy]
 	switch {
 	case !ok:
 		return Row{}, fmt.Errorf("%w: role %s: %s is not stale: see `posthouse roles`", ErrConflict, role, member)
@@ -199,26 +231,34 @@ func (r rules) rejoining(s *State, role, member string) (Row, error) {
 		return Row{}, fmt.Errorf("%w: role %s is in phase %s: try again when it is open", ErrConflict, role, row.Phase)
 	case row.Active == member:
 		return Row{}, fmt.Errorf("%w: role %s: %s serves it: there is nobody whose copy it could be", ErrConflict, role, member)
+	case isAtWork:
+		return Row{}, fmt.Errorf("%w: role %s: frontend %s is at it already", ErrConflict, role, stale.RejoinBy)
 	}
 	stale.Attempt++
+	stale.RejoinBy = by
 	row.Stale = maps.Clone(row.Stale)
 	row.Stale[member] = stale
 	s.Roles[role] = row
 	return row, r.check(change{s: s, role: role, row: row}, []guard{inNoDoubt})
 }
 
-// rejoin takes a member's stale mark away, if it is a copy of what is active
-// still.
-func (r rules) rejoin(s *State, role, member, from string, number uint64) error {
+// rejoined ends a rejoin, which mark is of. It takes the member's mark away if it
+// is a copy of what is active still.
+func (r rules) rejoined(s *State, role, member, from string, mark Stale, isCopy bool) error {
 	row, err := s.row(role)
 	if err != nil {
 		return err
 	}
-	if stale, ok := row.Stale[member]; !ok || stale.Number != number || row.Active != from || row.Phase != PhaseOpen {
+	stale, ok := row.Stale[member]
+	if !ok || stale.Number != mark.Number || stale.Attempt != mark.Attempt || isCopy && (row.Active != from || row.Phase != PhaseOpen) {
 		return fmt.Errorf("%w: role %s has moved on meanwhile", ErrConflict, role)
 	}
 	row.Stale = maps.Clone(row.Stale)
-	delete(row.Stale, member)
+	stale.RejoinBy = ""
+	row.Stale[member] = stale
+	if isCopy {
+		delete(row.Stale, member)
+	}
 	s.Roles[role] = row
 	return nil
 }

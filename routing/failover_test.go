@@ -83,15 +83,15 @@ func mustRejoin(t *testing.T, f *process, l *hookLog) {
 		t.Errorf("failover to a stale member: %v", err)
 	}
 	l.fail = map[Hook]error{HookRejoin: errors.New("sync_client -A failed")}
-	if _, err := f.Rejoin(t.Context(), "ma01", "a"); err == nil {
+	if _, err := f.Rejoin(t.Context(), RejoinRequest{Role: "ma01", Member: "a"}); err == nil {
 		t.Error("a rejoin that failed counts")
 	}
 	f.mustFail(toA, "posthouse rejoin ma01 a")
 	l.fail = nil
-	if _, err := f.Rejoin(t.Context(), "ma01", "a"); err != nil {
+	if _, err := f.Rejoin(t.Context(), RejoinRequest{Role: "ma01", Member: "a"}); err != nil {
 		t.Error(err)
 	}
-	if _, err := f.Rejoin(t.Context(), "ma01", "a"); err == nil {
+	if _, err := f.Rejoin(t.Context(), RejoinRequest{Role: "ma01", Member: "a"}); err == nil {
 		t.Error("rejoined twice")
 	}
 	f.mustSwitch(clean(toA))
@@ -216,7 +216,7 @@ func TestFailoverToAStaleMember(t *testing.T) {
 			t.Error(err)
 		}
 		isStale("b")
-		if _, err := f.Rejoin(t.Context(), "ma01", "b"); err != nil {
+		if _, err := f.Rejoin(t.Context(), RejoinRequest{Role: "ma01", Member: "b"}); err != nil {
 			t.Error(err)
 		}
 		f.mustSwitch(toB)
@@ -332,13 +332,13 @@ func TestRejoinOfAllRolesOfABackend(t *testing.T) {
 		if _, err := f.InitRole(t.Context(), "ma03", "a", "test", false); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := f.Rejoin(t.Context(), "ma02", "a"); err == nil || !strings.Contains(err.Error(), "serves role ma03") || len(calls) > 0 {
+		if _, err := f.Rejoin(t.Context(), RejoinRequest{Role: "ma02", Member: "a"}); err == nil || !strings.Contains(err.Error(), "serves role ma03") || len(calls) > 0 {
 			t.Errorf("%v; hooks for %v", err, calls)
 		}
 		if _, err := f.Failover(t.Context(), FailoverRequest{Role: "ma03", To: "b"}, nil); err != nil {
 			t.Fatal(err)
 		}
-		done, err := f.Rejoin(t.Context(), "ma02", "a")
+		done, err := f.Rejoin(t.Context(), RejoinRequest{Role: "ma02", Member: "a"})
 		if want := []string{"ma02", "ma01", "ma03"}; err != nil || !slices.Equal(done.Roles, want) || len(calls) != 1 || !slices.Equal(calls[0], want) {
 			t.Errorf("%+v, %v; hooks for %v", done, err, calls)
 		}

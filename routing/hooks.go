@@ -104,7 +104,7 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	}
 	in := mine.in
 	mine.hook, mine.cancel = "", nil
-	_, err := d.commit(ctx, mine.roles, "hook "+string(end.run.Hook), func(s *State, role string) error {
+	did, err := d.commitStep(ctx, mine, "hook "+string(end.run.Hook), func(s *State, role string) error {
 		return t.rules.ran(s, role, mine.number, end.run)
 	})
 	row := t.Snapshot().Roles[mine.roles[0]]
@@ -115,6 +115,8 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	case row.Switch == nil || row.Switch.Number != mine.number:
 		delete(d.switches, end.number)
 	case row.Phase != in: // aborted under it
+	case !did: // refused: what it was to clear stands
+		mine.notBefore = time.Now().Add(retryAfter)
 	case isUndo(end.run.Hook) && !row.Switch.begun(row.Switch.undoes(end.run.Hook)): // nothing is to be undone any more
 		mine.retrying = time.Time{}
 	case end.err == nil:
@@ -155,7 +157,7 @@ func (d *driver) retry(ctx context.Context, mine *driving, end hookEnd) {
 	}
 	mine.retrying = time.Time{}
 	why := fmt.Sprintf("hook %s failed: %s; see to it, then `posthouse switch --resume %s`", end.run.Hook, hookError(end.run), mine.roles[0])
-	_, err := d.commit(ctx, mine.roles, "waiting for the operator", func(s *State, role string) error {
+	_, err := d.commitStep(ctx, mine, "waiting for the operator", func(s *State, role string) error {
 		return d.t.rules.stick(s, role, mine.number, why)
 	})
 	if err != nil {

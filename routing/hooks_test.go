@@ -235,7 +235,7 @@ func TestStuckSwitchIsResumed(t *testing.T) {
 		h := newHost(t)
 		l := &hookLog{fail: map[Hook]error{HookPromote: errors.New("exit status 1")}}
 		f := h.startWith(l, HookPromote)
-		if err := f.Resume(t.Context(), "ma01"); err == nil {
+		if err := f.Resume(t.Context(), "ma01", "test", ""); err == nil {
 			t.Error("resumed what does not exist")
 		}
 		go func() {
@@ -251,7 +251,7 @@ func TestStuckSwitchIsResumed(t *testing.T) {
 				t.Errorf("abort of what has no way back: %v", err)
 			}
 			delete(l.fail, HookPromote)
-			if err := f.Resume(t.Context(), "ma01"); err != nil {
+			if err := f.Resume(t.Context(), "ma01", "test", ""); err != nil {
 				t.Error(err)
 			}
 		}()

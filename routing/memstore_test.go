@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -38,6 +39,8 @@ type memStore struct {
 	isGone   bool
 	deadline time.Time // what Deadline says
 	release  func()    // of a campaign that was won
+	// isDeposed: somebody else may win, and this one does not hear of it.
+	isDeposed atomic.Bool
 }
 
 func (m *memSite) open() *memStore { return &memStore{site: m} }
@@ -186,6 +189,9 @@ func (s *memStore) Campaign(ctx context.Context) (context.Context, func(), error
 	office, end := context.WithCancel(context.Background())
 	release := sync.OnceFunc(func() {
 		end()
+		if s.isDeposed.CompareAndSwap(true, false) {
+			return
+		}
 		<-s.site.driving
 	})
 	s.site.mu.Lock()

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"go.uber.org/zap"
 )
 
 // SwitchRequest asks for another active.
@@ -32,13 +34,26 @@ func (t *Table) Switch(ctx context.Context, req SwitchRequest, progress func(Eve
 
 // requests asks for a switch of a role and of what it takes with it.
 func (t *Table) requests(s *State, req SwitchRequest, planOnly bool, now time.Time) error {
-	config := t.opt.Roles[req.Role]
+	config, err := t.config(req.Role)
+	if err != nil {
+		return err
+	}
 	roles, err := t.rules.group(s, req.Role, req.To, config)
 	if err != nil {
 		return err
 	}
-	o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, confirmedClean: req.ConfirmedClean, acceptRefusals: req.AcceptRefusals}
+	o := order{to: req.To, who: req.Who, why: req.Why, hooks: config.Hooks, scope: config.Scope, confirmedClean: req.ConfirmedClean, acceptRefusals: req.AcceptRefusals}
 	return t.rules.request(s, roles, o, planOnly, now)
+}
+
+// config is what this frontend knows of a role. One that it does not know may have
+// hooks elsewhere.
+func (t *Table) config(role string) (RoleConfig, error) {
+	config, known := t.opt.Roles[role]
+	if !known {
+		return config, fmt.Errorf("%w: role %s is not in the configuration of frontend %s: ask one that has it, or add it", ErrConflict, role, t.ID())
+	}
+	return config, nil
 }
 
 // AbortRequest asks for the way back from a switch.
@@ -70,8 +85,12 @@ func (t *Table) Abort(ctx context.Context, req AbortRequest) error {
 }
 
 // Resume lets the switch of a role go on that waits for the operator.
-func (t *Table) Resume(ctx context.Context, role string) error {
-	return t.steer(ctx, role, "resuming", func(s *State, role string) error { return t.rules.resume(s, role) })
+func (t *Table) Resume(ctx context.Context, role, who, why string) error {
+	err := t.steer(ctx, role, "resuming", func(s *State, role string) error { return t.rules.resume(s, role) })
+	if err == nil {
+		t.log.Info("switch resumed", zap.String("role", role), zap.String("by", who), zap.String("reason", why))
+	}
+	return err
 }
 
 func (t *Table) steer(ctx context.Context, role, what string, rule func(s *State, role string) error) error {

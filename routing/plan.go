@@ -78,7 +78,7 @@ func (t *Table) Frontends(ctx context.Context) ([]FrontendStatus, error) {
 // FenceFrontend ends the registration of a frontend on the operator's word that
 // it is down and stays down: no switch waits for its ack any more. What it may
 // have left behind becomes residues. It refuses one that shows life.
-func (t *Table) FenceFrontend(ctx context.Context, id string) error {
+func (t *Table) FenceFrontend(ctx context.Context, id, who, why string) error {
 	if _, registered := t.Snapshot().Frontends[id]; !registered {
 		return fmt.Errorf("%w: frontend %s is not registered: see `posthouse frontends`", ErrConflict, id)
 	}
@@ -97,7 +97,7 @@ func (t *Table) FenceFrontend(ctx context.Context, id string) error {
 		return fmt.Errorf("fencing frontend %s: %w", id, err)
 	}
 	t.install(s, false)
-	t.emit(Event{Kind: EventBuried, Frontend: id})
+	t.emit(Event{Kind: EventBuried, Frontend: id, Text: "on the word of " + who + ": " + why})
 	return nil
 }
 
@@ -146,7 +146,7 @@ func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 		p.Seen = p.Seen.merge(row.Seen)
 	}
 	p.Steps = steps(t.opt.Roles[req.Role].Hooks, row.Active, req.To)
-	p.Caveats = SwitchRecord{Switch: Switch{To: req.To, Hooks: t.opt.Roles[req.Role].Hooks}, Role: req.Role, From: row.Active}.Caveats()
+	p.Caveats = SwitchRecord{Switch: Switch{To: req.To, Roles: p.Roles, Hooks: t.opt.Roles[req.Role].Hooks, Scope: t.opt.Roles[req.Role].Scope}, Role: req.Role, From: row.Active}.Caveats()
 	return p, nil
 }
 

@@ -24,6 +24,7 @@ type Request struct {
 	Asked  time.Time `json:"asked"`
 	Roles  []string  `json:"roles"`
 	Hooks  []Hook    `json:"hooks,omitempty"`
+	Scope  Scope     `json:"scope,omitempty"` // of the hooks
 	// PlanOnly: the switch is not to begin; who has asked takes the request
 	// back when it has the reports.
 	PlanOnly bool `json:"plan_only,omitempty"`
@@ -47,13 +48,15 @@ type Report struct {
 	Unreachable string `json:"unreachable,omitempty"`
 	// Closed: its host is there, and nobody listens.
 	Closed bool `json:"closed,omitempty"`
-	// HooksDigest is RoleConfig's, of the role that was asked for.
-	HooksDigest string `json:"hooks_digest,omitempty"`
+	// Digest is RoleConfig's, of the role that was asked for.
+	Digest string `json:"digest,omitempty"`
 }
 
 const (
 	// preflightTimeout bounds the wait for reports; so does SwitchBudget.
 	preflightTimeout = 10 * time.Second
+	// reportAgainAfter is when a frontend looks again whether it can report.
+	reportAgainAfter = 50 * time.Millisecond
 	// requestKept is after how long nobody expects a switch to begin any more:
 	// all frontends were stopped meanwhile. Clocks may differ by as much.
 	requestKept = 10 * time.Minute
@@ -79,7 +82,7 @@ func (r rules) request(s *State, roles []string, o order, planOnly bool, now tim
 	for _, role := range roles {
 		row := s.Roles[role]
 		row.Request = &Request{Number: s.Switches, To: o.to, Who: o.who, Why: o.why, Asked: now, Roles: slices.Clone(roles),
-			Hooks: slices.Clone(o.hooks), PlanOnly: planOnly, AcceptRefusals: o.acceptRefusals}
+			Hooks: slices.Clone(o.hooks), Scope: o.scope, PlanOnly: planOnly, AcceptRefusals: o.acceptRefusals}
 		s.Roles[role] = row
 	}
 	return nil
@@ -125,23 +128,27 @@ func (r rules) report(s *State, id, role string, number uint64, report Report, h
 	return nil
 }
 
-// start holds the roles of a request.
-// They must be still those that are switched together, by the scope of the hooks.
-func (r rules) start(s *State, role string, number uint64, scope Scope, now time.Time) error {
+// start holds the roles of a request, for the driver who has it in hand then. They
+// must be still those that are switched together, and every frontend of now must
+// have reported.
+func (r rules) start(s *State, role string, number uint64, driver string, now time.Time) error {
 	row, err := s.requested(role, number)
 	if err != nil {
 		return err
 	}
 	q := *row.Request
-	roles, err := r.group(s, role, q.To, RoleConfig{Hooks: q.Hooks, Scope: scope})
+	roles, err := r.group(s, role, q.To, RoleConfig{Hooks: q.Hooks, Scope: q.Scope})
 	if err != nil {
 		return err
+	}
+	if why, _ := s.obstacle(row); why != "" {
+		return fmt.Errorf("%w: role %s: %s", ErrConflict, role, why)
 	}
 	if !slices.Equal(roles, q.Roles) {
 		return fmt.Errorf("%w: role %s: %s serves roles %s now, and when the switch was asked for those to be switched were %s: ask again",
 			ErrConflict, role, row.Active, listed(roles), listed(q.Roles))
 	}
-	o := order{number: number, to: q.To, who: q.Who, why: q.Why, hooks: q.Hooks}
+	o := order{number: number, to: q.To, who: q.Who, why: q.Why, hooks: q.Hooks, scope: q.Scope, driver: driver}
 	return r.hold(s, q.Roles, o, now)
 }
 
@@ -160,7 +167,7 @@ func (r rules) refuse(s *State, role string, number uint64, why string, now time
 		q := row.Request
 		if !q.PlanOnly {
 			s.record(SwitchRecord{Role: role, From: row.Active, Epochs: map[string]uint64{role: row.Epoch}, Ended: now,
-				Switch: Switch{Number: number, To: q.To, Who: q.Who, Why: q.Why, Started: q.Asked, Roles: q.Roles, Hooks: q.Hooks, AbortWhy: why,
+				Switch: Switch{Number: number, To: q.To, Who: q.Who, Why: q.Why, Started: q.Asked, Roles: q.Roles, Hooks: q.Hooks, Scope: q.Scope, AbortWhy: why,
 					Steps: []Step{{PhasePreflight, q.Asked}, {PhaseOpen, now}}}})
 		}
 		row.endComparison()
@@ -178,11 +185,11 @@ func (r rules) refuse(s *State, role string, number uint64, why string, now time
 func (s *State) obstacle(row Row) (why string, mayPass bool) {
 	q := row.Request
 	var missing, unready []string
-	hooks := make(map[string]string) // a frontend by its digest
+	digests := make(map[string]string) // a frontend by its
 	for _, id := range sortedKeys(s.Frontends) {
 		r, reported := q.Reports[id]
 		if reported {
-			hooks[r.HooksDigest] = id
+			digests[r.Digest] = id
 		}
 		switch {
 		case !reported:
@@ -194,9 +201,10 @@ func (s *State) obstacle(row Row) (why string, mayPass bool) {
 				id, r.Crowded))
 		}
 	}
-	if len(hooks) > 1 {
-		unready = append(unready, fmt.Sprintf("frontends %s have different hooks, scope or catch_up for the role in their configuration: any of them may drive the switch",
-			listed(slices.Sorted(maps.Values(hooks)))))
+	if len(digests) > 1 {
+		unready = append(unready, fmt.Sprintf("frontends %s have different hooks, scope or catch_up for the role in their configuration, "+
+			"or limits.hold_window, switch_budget or undo_reserve: any of them may drive the switch",
+			listed(slices.Sorted(maps.Values(digests)))))
 	}
 	if len(unready) > 0 {
 		return "preflight: " + strings.Join(unready, "; "), false
@@ -210,13 +218,28 @@ func (s *State) obstacle(row Row) (why string, mayPass bool) {
 	return "", false
 }
 
+// to is where the switch in progress, or asked for, leads; "" if there is none.
+func (row Row) to() string {
+	switch {
+	case row.Switch != nil:
+		return row.Switch.To
+	case row.Request != nil && !row.Request.PlanOnly:
+		return row.Request.To
+	}
+	return ""
+}
+
 // answerRequests reports on requests until ctx ends. Apart from keep: a backend
 // that does not answer must not delay an ack.
 func (t *Table) answerRequests(ctx context.Context) {
 	for ctx.Err() == nil {
 		changed := t.Changed()
 		wait := make(<-chan time.Time)
-		if err := t.reportDue(ctx); err != nil && ctx.Err() == nil {
+		switch err := t.reportDue(ctx); {
+		case err == nil || ctx.Err() != nil:
+		case errors.Is(err, errStillEntering):
+			wait = time.After(reportAgainAfter)
+		default:
 			t.log.Error("reporting on a switch; trying again", zap.Error(err))
 			wait = time.After(retryAfter)
 		}
@@ -243,7 +266,11 @@ func (t *Table) reportDue(ctx context.Context) error {
 		if _, reported := q.Reports[id]; reported {
 			continue
 		}
-		report := Report{HooksDigest: t.opt.Roles[role].HooksDigest}
+		if t.isEntering(q.Roles) {
+			errs = append(errs, errStillEntering)
+			continue
+		}
+		report := Report{Digest: t.opt.Roles[role].Digest}
 		if t.opt.Reach != nil {
 			if err := t.opt.Reach(ctx, q.To); err != nil {
 				report.Unreachable, report.Closed = err.Error(), errors.Is(err, ErrNobodyListens)
@@ -261,6 +288,16 @@ func (t *Table) reportDue(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// errStillEntering: who was parked in the last hold has used up some of his window
+// and would be refused by the next.
+var errStillEntering = errors.New("logins still enter after the last hold")
+
+func (t *Table) isEntering(roles []string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.ContainsFunc(roles, func(role string) bool { return len(t.gateLocked(role).parked) > 0 })
 }
 
 // inspect completes a report on these roles, and takes out of their gates what
@@ -290,7 +327,6 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 		mine = &asking{since: now}
 		d.requests[q.Number] = mine
 	}
-	scope := t.opt.Roles[role].Scope
 	why, mayPass := s.obstacle(row)
 	expected := q.Asked
 	if q.Comparison != nil && q.Comparison.Ended.After(expected) {
@@ -308,14 +344,20 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 	case now.Sub(expected) > requestKept:
 		why = "it was asked for at " + q.Asked.UTC().Format(time.DateTime) + " and could not begin: ask again"
 	case why == "":
-		did, err := d.commitAll(ctx, role+": holding", func(s *State) error { return t.rules.start(s, role, q.Number, scope, now) })
+		did, err := d.commitAll(ctx, role+": holding", func(s *State) error { return t.rules.start(s, role, q.Number, d.token, now) })
 		if did || err != nil {
 			return did, err
 		}
-		why = "the role table does not allow it any more" // hold says why, and the debug log
-		if err := t.rules.start(t.Snapshot().Clone(), role, q.Number, scope, now); err != nil {
-			why = err.Error()
+		trial := t.Snapshot().Clone()
+		if row, err := trial.requested(role, q.Number); err == nil {
+			if _, mayPass := trial.obstacle(row); mayPass {
+				return false, nil
+			}
 		}
+		if err = t.rules.start(trial, role, q.Number, d.token, now); err == nil {
+			return false, nil // the snapshot is behind
+		}
+		why = err.Error()
 	case mayPass && now.Sub(mine.since) < min(preflightTimeout, t.opt.SwitchBudget):
 		return false, nil
 	}

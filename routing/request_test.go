@@ -249,7 +249,7 @@ func TestFrontendsWithOtherHooks(t *testing.T) {
 		h := newHost(t)
 		f := h.startWith(&hookLog{}, HookDemote)
 		c := h.opt.Roles["ma01"]
-		c.HooksDigest = "another"
+		c.Digest = "another"
 		h.opt.Roles = map[string]RoleConfig{"ma01": c}
 		g := h.start("g")
 		f.mustFail(toB, "preflight: ", f.ID(), g.ID(), "different hooks")

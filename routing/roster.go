@@ -14,8 +14,8 @@ type RoleConfig struct {
 	Active string
 	// Hooks that the site has for a switch of the role.
 	Hooks []Hook
-	// HooksDigest is of what they are and do: the same at all frontends.
-	HooksDigest string
+	// Digest is of all that a driver goes by: the same at all frontends.
+	Digest string
 	// Scope says what the hooks touch; the zero value is ScopeBackend.
 	Scope Scope
 }
@@ -30,6 +30,9 @@ const (
 	// ScopeRole: nothing that other roles use.
 	ScopeRole Scope = "role"
 )
+
+// touchesBackend says whether hooks may restart what other roles use.
+func touchesBackend(hooks []Hook, scope Scope) bool { return len(hooks) > 0 && scope != ScopeRole }
 
 // siteConfig is what all frontends must agree on.
 type siteConfig struct {

@@ -37,6 +37,8 @@ type change struct {
 	acceptStale bool
 	// proves: a hook may clear the residues on the old active.
 	proves bool
+	// touches: a hook may restart either backend.
+	touches bool
 }
 
 // A guard is one condition of a change. in returns "" if it holds, else what
@@ -137,6 +139,20 @@ var holdGuards = []guard{
 		}
 		return ""
 	}},
+	noRejoin,
+	{"no other switch is under way there", func(c change) string {
+		for _, other := range c.s.inMotion() {
+			with, sw := c.s.Roles[other].Active, c.s.Roles[other].Switch
+			if other == c.role || sw == nil || sw.Number == c.number {
+				continue
+			}
+			meet := func(backend string) bool { return backend != "" && (backend == with || backend == sw.To) }
+			if (c.touches || touchesBackend(sw.Hooks, sw.Scope)) && (meet(c.to) || meet(c.row.Active)) {
+				return fmt.Sprintf("switch %d of role %s is, and hooks may restart what both use: try again when it has ended", sw.Number, other)
+			}
+		}
+		return ""
+	}},
 	{"no residue would block the switch", func(c change) string {
 		rest := residuesElsewhere(c.row, c.to)
 		if c.proves {
@@ -148,6 +164,18 @@ var holdGuards = []guard{
 		return ""
 	}},
 }
+
+// noRejoin: whoever is being overwritten must not serve.
+var noRejoin = guard{"nothing rejoins at the new active", func(c change) string {
+	for _, other := range sortedKeys(c.s.Roles) {
+		if stale, ok := c.s.Roles[other].Stale[c.to]; ok && stale.RejoinBy != "" {
+			if _, lives := c.s.Frontends[stale.RejoinBy]; lives {
+				return fmt.Sprintf("frontend %s makes %s a copy of the active of role %s at the moment: wait for its end, or stop it", stale.RejoinBy, c.to, other)
+			}
+		}
+	}
+	return ""
+}}
 
 var inNoDoubt = guard{"the role is not in doubt", func(c change) string {
 	if c.row.Doubt != nil {

@@ -102,9 +102,9 @@ func refusals(t *testing.T, r rules) []refusal {
 		}, ""},
 		{"init: under a switch's hooks", func(s *State) { mustHold(t, s, HookDemote) }, func(s *State) error {
 			return r.initRole(s, "new", order{to: "a"}, []string{"a"}, 0, now)
-		}, "may restart a"},
+		}, "may restart what both use"},
 		{"init: no member", nil, func(s *State) error { return r.initRole(s, "new", order{to: "z", who: ""}, []string{"a"}, 0, now) }, "not one of a"},
-		{"take up: ended", nil, func(s *State) error { return r.takeUp(s, "r", 1) }, "has ended"},
+		{"take up: ended", nil, func(s *State) error { return r.takeUp(s, "r", 1, "d") }, "has ended"},
 		{"hold: another is asked for", asks, hold("r", "b", false), "is being prepared"},
 		{"failover: no proof", nil, failover("b", order{}), "--accept-loss"},
 		{"failover: loss accepted", nil, failover("b", order{acceptLoss: true}), ""},

@@ -337,7 +337,7 @@ func (s *simulation) operate(p *simProcess, role, to string, verb int) {
 		_, err = p.table.Plan(ctx, SwitchRequest{Role: role, To: to})
 	case 3:
 		what = "resume"
-		err = p.table.Resume(ctx, role)
+		err = p.table.Resume(ctx, role, "operator", "")
 	case 4, 5:
 		what = "failover"
 		s.mu.Lock()
@@ -351,7 +351,7 @@ func (s *simulation) operate(p *simProcess, role, to string, verb int) {
 		}
 	case 6:
 		what = "rejoin"
-		_, err = p.table.Rejoin(ctx, role, to)
+		_, err = p.table.Rejoin(ctx, RejoinRequest{Role: role, Member: to})
 	case 7, 8:
 		s.settle(ctx, p)
 		return
@@ -365,12 +365,12 @@ func (s *simulation) settle(ctx context.Context, p *simProcess) {
 	now := p.table.Snapshot()
 	for id := range now.Frontends {
 		if st := s.cluster.owner(id); st != nil && st.proc.life.Err() != nil {
-			s.note("operator: fence %s: %v", id, p.table.FenceFrontend(ctx, id))
+			s.note("operator: fence %s: %v", id, p.table.FenceFrontend(ctx, id, "operator", ""))
 		}
 	}
 	for role, row := range now.Roles {
 		if row.Switch != nil && row.Switch.Stuck != "" {
-			s.note("operator: resume %s: %v", role, p.table.Resume(ctx, role))
+			s.note("operator: resume %s: %v", role, p.table.Resume(ctx, role, "operator", ""))
 		}
 		if len(row.Residues) > 0 && s.opt.ResidueMaxAge == 0 {
 			s.note("operator: %s is clean: %v", role, p.table.ConfirmClean(gives(ctx, func(now *State) error { return s.looksClean(now, role) }), role))

@@ -89,6 +89,9 @@ type Stale struct {
 	Since  time.Time `json:"since"`
 	// Attempt counts the rejoins that were begun.
 	Attempt int `json:"attempt,omitempty"`
+	// RejoinBy is the frontend whose rejoin hook is at work there; empty if none
+	// is.
+	RejoinBy string `json:"rejoin_by,omitempty"`
 }
 
 // Seen is a set of users.
@@ -129,6 +132,11 @@ type Switch struct {
 	AcceptLoss bool `json:"accept_loss,omitempty"`
 	// AcceptStale: To may be stale, and is so no more when it opens.
 	AcceptStale bool `json:"accept_stale,omitempty"`
+	// Scope is what its hooks touch.
+	Scope Scope `json:"scope,omitempty"`
+	// Driver is who has the switch in hand: a token, new for each term of office.
+	// Nobody else's step counts. Empty: nobody has taken it up yet.
+	Driver string `json:"driver,omitempty"`
 	// Attempt grows each time a driver takes the switch up; hooks get it.
 	Attempt int `json:"attempt"`
 	// Begun lists the hook phases entered so far, in their order; abort
@@ -189,6 +197,8 @@ func (rec SwitchRecord) Caveats() []string {
 		list = append(list, fmt.Sprintf("sessions that ended without proof that nothing of them runs on: %d; what cleared their residues vouches for them", rec.Unclean))
 	}
 	switch {
+	case rec.AcceptStale && rec.From == "":
+		list = append(list, fmt.Sprintf("%s was opened with the mail that it had when it was left behind", rec.To))
 	case rec.AcceptStale:
 		list = append(list, fmt.Sprintf("%s was opened with the mail that it had when it was left behind; all that %s took since is on %s only", rec.To, rec.From, rec.From))
 	case rec.Failover:
@@ -196,10 +206,21 @@ func (rec SwitchRecord) Caveats() []string {
 	case !slices.Contains(rec.Hooks, HookCatchUp) && rec.From != "":
 		list = append(list, fmt.Sprintf("there is no catch_up: nobody looks whether %s has all mail that %s has", rec.To, rec.From))
 	}
+	if !touchesBackend(rec.Hooks, rec.Scope) && rec.From != "" {
+		list = append(list, fmt.Sprintf("other roles that %s serves stay there: what their users write into shared mailboxes of %s, they write on %s", rec.From, listed(rec.names()), rec.From))
+	}
 	if rec.Failover {
 		list = append(list, fmt.Sprintf("%s is stale until `posthouse rejoin %s %s`", rec.From, rec.Role, rec.From))
 	}
 	return list
+}
+
+// names are the roles of the switch.
+func (rec SwitchRecord) names() []string {
+	if len(rec.Roles) == 0 {
+		return []string{rec.Role}
+	}
+	return rec.Roles
 }
 
 // Frontend is one registered posthouse process.

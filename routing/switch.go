@@ -120,8 +120,10 @@ type order struct {
 	number       uint64 // that a request has already; 0 for the next one
 	to, who, why string
 	hooks        []Hook
-	acceptLoss   bool // for a failover
-	acceptStale  bool // for a failover, or a decision
+	scope        Scope
+	driver       string // who begins it, and has it in hand; may be empty
+	acceptLoss   bool   // for a failover
+	acceptStale  bool   // for a failover, or a decision
 	// confirmedClean is the operator's word that clears the roles' residues; for
 	// a request.
 	confirmedClean bool
@@ -141,13 +143,16 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 			return err
 		}
 		proves := slices.Contains(o.hooks, HookProve) || slices.Contains(o.hooks, HookDemote)
-		if err := r.check(change{s: s, role: role, row: row, to: o.to, number: o.number, proves: proves}, holdGuards); err != nil {
+		if err := r.check(change{s: s, role: role, row: row, to: o.to, number: o.number, proves: proves, touches: touchesBackend(o.hooks, o.scope)}, holdGuards); err != nil {
 			return err
 		}
 		row.Epoch++
 		row.Phase = PhaseHold
 		sw := &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now,
-			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks)}
+			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Scope: o.scope, Driver: o.driver}
+		if o.driver != "" {
+			sw.Attempt = 1
+		}
 		if q := row.Request; q != nil {
 			sw.Steps = []Step{{PhasePreflight, q.Asked}}
 			if q.Comparison != nil {
@@ -169,7 +174,7 @@ func (r rules) group(s *State, role, to string, config RoleConfig) ([]string, er
 	if err != nil {
 		return nil, err
 	}
-	if len(config.Hooks) == 0 || config.Scope == ScopeRole {
+	if !touchesBackend(config.Hooks, config.Scope) {
 		return []string{role}, nil
 	}
 	group := []string{role}
@@ -228,13 +233,15 @@ func (s *State) inSwitch(role string, number uint64) (Row, error) {
 	return row, err
 }
 
-// takeUp counts one more driver of the switch with this number. Hooks get the
-// count, so that an orphan of an earlier driver does no harm.
-func (r rules) takeUp(s *State, role string, number uint64) error {
+// takeUp puts the switch with this number into the hands of one more driver, and
+// counts him. Hooks get the count, so that an orphan of an earlier driver does no
+// harm.
+func (r rules) takeUp(s *State, role string, number uint64, driver string) error {
 	row, err := s.inSwitch(role, number)
 	if err != nil {
 		return err
 	}
+	row.Switch.Driver = driver
 	row.Switch.Attempt++
 	s.Roles[role] = row
 	return nil
@@ -448,7 +455,7 @@ func (s *State) end(role string, row Row, active string, epoch uint64, done bool
 	}
 	row.Active, row.Epoch, row.Phase, row.Switch = active, epoch, PhaseOpen, nil
 	switch {
-	case len(row.Members) > 2, done && rec.Failover:
+	case len(row.Members) > 2, done && rec.Failover, done && !slices.Contains(rec.Hooks, HookCatchUp):
 		row.Seen = Seen{All: true} // nobody has looked at a third member, or at any
 	case done:
 		row.Seen = Seen{} // the catch-up has looked at them

@@ -335,7 +335,7 @@ func TestInitNewRole(t *testing.T) {
 			t.Errorf("Enter into a role outside the table: %v", err)
 		}
 		rec, err := n.InitRole(t.Context(), "ma03", "a", "test", false)
-		if err != nil || !rec.Done || rec.Epochs["ma01"] != 1 {
+		if err != nil || !rec.Done || rec.Epochs["ma03"] != 1 {
 			t.Fatalf("%+v, %v", rec, err)
 		}
 		for _, p := range []*process{f, g, n} {

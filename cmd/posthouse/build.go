@@ -177,7 +177,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	}
 	roles := make(map[string]routing.RoleConfig, len(i.cfg.Roles))
 	for name, r := range i.cfg.Roles {
-		roles[name] = roleConfig(r)
+		roles[name] = roleConfig(r, i.cfg.Limits)
 	}
 	addresses := make(map[string]map[string]string, len(i.cfg.Backends))
 	for _, name := range i.pool.Names() {
@@ -249,7 +249,7 @@ func storeTLS(c config.Store) (*tls.Config, error) {
 	return secure, nil
 }
 
-func roleConfig(r config.Role) routing.RoleConfig {
+func roleConfig(r config.Role, l config.Limits) routing.RoleConfig {
 	c := routing.RoleConfig{Members: r.Members, Active: r.Active, Scope: routing.Scope(r.Scope)}
 	for _, h := range routing.AllHooks {
 		if len(r.Hooks.ByName()[string(h)]) > 0 {
@@ -262,10 +262,8 @@ func roleConfig(r config.Role) routing.RoleConfig {
 		}
 		c.Hooks = append(c.Hooks, routing.HookCatchUp)
 	}
-	if len(c.Hooks) > 0 {
-		what, _ := json.Marshal([]any{r.Hooks, c.Scope, r.CatchUp}) // strings and numbers
-		c.HooksDigest = fmt.Sprintf("%x", sha256.Sum256(what))[:16]
-	}
+	what, _ := json.Marshal([]any{r.Hooks, c.Scope, r.CatchUp, l.HoldWindow, l.SwitchBudget, l.UndoReserve}) // strings and numbers
+	c.Digest = fmt.Sprintf("%x", sha256.Sum256(what))[:16]
 	return c
 }
 

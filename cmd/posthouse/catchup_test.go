@@ -33,7 +33,7 @@ func TestRoleConfigWithAComparison(t *testing.T) {
 		"a program":  {config.Role{CatchUp: compared, Hooks: config.Hooks{CatchUp: []string{"/x"}}}, []routing.Hook{routing.HookCatchUp}, ""},
 		"a demotion": {config.Role{CatchUp: compared, Hooks: config.Hooks{Demote: []string{"/x"}}}, []routing.Hook{routing.HookDemote, routing.HookCatchUp}, ""},
 	} {
-		if got := roleConfig(test.role); !slices.Equal(got.Hooks, test.hooks) || got.Scope != test.scope {
+		if got := roleConfig(test.role, config.Limits{}); !slices.Equal(got.Hooks, test.hooks) || got.Scope != test.scope {
 			t.Errorf("%s: %v, scope %q", name, got.Hooks, got.Scope)
 		}
 	}

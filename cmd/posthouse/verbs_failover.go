@@ -55,7 +55,7 @@ func rejoinCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			req.Role, req.Member = args[0], args[1]
+			req.Role, req.Member, req.Who = args[0], args[1], operator()
 			done, err := client.Rejoin(cmd.Context(), req)
 			if err != nil {
 				return err
@@ -69,5 +69,6 @@ func rejoinCommand() *cobra.Command {
 		},
 	}
 	t.flags(c)
+	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the log")
 	return c
 }

@@ -46,12 +46,13 @@ func fenceCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			req.Frontend = args[0]
+			req.Frontend, req.Who = args[0], operator()
 			return client.Fence(cmd.Context(), req)
 		},
 	}
 	t.flags(c)
 	c.Flags().BoolVar(&req.ConfirmedDown, "confirmed-down", false, "I have seen that it is down")
+	c.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the log")
 	_ = c.MarkFlagRequired("confirmed-down") // it is defined above
 	return c
 }

@@ -92,6 +92,8 @@ type FailoverRequest struct {
 type RejoinRequest struct {
 	Role   string `json:"role"`
 	Member string `json:"member"`
+	Who    string `json:"who,omitempty"`
+	Reason string `json:"reason,omitempty"`
 }
 
 // SteerRequest aborts or resumes the switch of a role. Role is needed; Who and
@@ -114,6 +116,8 @@ type Switches struct {
 type FenceRequest struct {
 	Frontend      string `json:"frontend"`
 	ConfirmedDown bool   `json:"confirmed_down"`
+	Who           string `json:"who,omitempty"`
+	Reason        string `json:"reason,omitempty"`
 }
 
 // InitRequest decides who serves a role that is in doubt, or not in the table.
