@@ -12,17 +12,21 @@ import (
 	"time"
 )
 
-// lateStore keeps a commit on its way for as long as late says.
+// lateStore keeps a commit on its way for as long as late says, or fails it.
 type lateStore struct {
 	*memStore
-	late func(old, now *State) <-chan struct{}
+	late func(old, now *State) (<-chan struct{}, error)
 }
 
 func (s *lateStore) Update(ctx context.Context, change func(*State) error) (*State, error) {
 	old := s.site.get()
 	now := old.Clone()
 	if change(now) == nil {
-		if wait := s.late(old, now); wait != nil {
+		wait, err := s.late(old, now)
+		if err != nil {
+			return nil, err
+		}
+		if wait != nil {
 			<-wait
 		}
 	}
@@ -37,9 +41,7 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 		h := newHost(t)
 		arrives := make(chan struct{})
 		l := &hookLog{site: h.site, slow: map[Hook]time.Duration{HookFence: 5 * time.Second}}
-		c := h.opt.Roles["ma01"]
-		c.Hooks, c.Scope = []Hook{HookDemote, HookPromote, HookUndoDemote, HookFence}, ScopeRole
-		h.opt.Roles["ma01"], h.opt.Hooks = c, l
+		h.withHooks(l, HookDemote, HookPromote, HookUndoDemote, HookFence)
 		h.site.observe(func(old, now *State) {
 			was, is := old.Roles["ma01"], now.Roles["ma01"]
 			fenced := was.Switch != nil && slices.ContainsFunc(was.Switch.Runs, func(r HookRun) bool { return r.Hook == HookFence })
@@ -47,20 +49,12 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 				t.Error("b is promoted and nothing proves that a is off")
 			}
 		})
-		opt := h.opt
-		opt.ID, opt.Directory, opt.Local = NewID("f"), h.dir, h.local
-		store := &lateStore{memStore: h.site.open(), late: func(old, now *State) <-chan struct{} {
+		f := h.startOn("f", func(old, now *State) (<-chan struct{}, error) {
 			if old.Roles["ma01"].Phase == PhaseDemote && now.Roles["ma01"].Phase == PhasePromote && now.Roles["ma01"].Switch.Number == 1 {
-				return arrives
+				return arrives, nil
 			}
-			return nil
-		}}
-		opt.Store = store
-		table, err := Start(t.Context(), opt)
-		if err != nil {
-			t.Fatal(err)
-		}
-		f := &process{h, table, store.memStore}
+			return nil, nil
+		})
 		synctest.Wait() // f drives
 		g := h.start("g")
 		taken := f.goSwitch(toB)
@@ -68,8 +62,7 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 		l.mu.Lock()
 		l.slow[HookDemote] = 5 * time.Second // when g drives
 		l.mu.Unlock()
-		f.store.isDeposed.Store(true) // and does not know it yet
-		<-h.site.driving
+		f.depose()
 		done := make(chan error, 1)
 		go func() { done <- g.failover(false, "b") }()
 		time.Sleep(time.Second)
@@ -312,20 +305,12 @@ func TestNoAckOvertakesAReport(t *testing.T) {
 		h := newHost(t)
 		g := h.start("g") // drives
 		arrives := make(chan struct{})
-		opt := h.opt
-		opt.ID, opt.Local, opt.Directory = NewID("f"), h.local, h.dir
-		store := &lateStore{memStore: h.site.open(), late: func(old, now *State) <-chan struct{} {
+		f := h.startOn("f", func(old, now *State) (<-chan struct{}, error) {
 			if q := now.Roles["ma01"].Request; q != nil && len(q.Reports) > len(old.Roles["ma01"].Request.Reports) {
-				return arrives
+				return arrives, nil
 			}
-			return nil
-		}}
-		opt.Store = store
-		table, err := Start(t.Context(), opt)
-		if err != nil {
-			t.Fatal(err)
-		}
-		f := &process{h, table, store.memStore}
+			return nil, nil
+		})
 		stay := f.enter("alice")
 		stay.Leave(End{Why: "reset by the client"})
 

@@ -105,6 +105,9 @@ func (row *Row) endComparison() {
 type asking struct {
 	since  time.Time          // when this process saw it, or its comparison ended
 	cancel context.CancelFunc // of the comparison at work
+	// compares: a comparison of this driver has begun; if another driver's stands
+	// in the row now, that one came later.
+	compares bool
 }
 
 // compareEnd is how a comparison ended.
@@ -146,7 +149,7 @@ func (d *driver) runComparison(ctx context.Context, s *State, role string, mine 
 		}
 	}
 	running, cancel := context.WithTimeout(ctx, compareTimeout)
-	mine.cancel = cancel
+	mine.cancel, mine.compares = cancel, true
 	d.t.log.Info("comparing before HOLD", zap.Strings("roles", q.Roles), zap.Uint64("switch", q.Number),
 		zap.Bool("all", call.Seen.All), zap.Int("users", len(call.Seen.Users)))
 	d.running.Go(func() {

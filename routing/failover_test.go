@@ -350,3 +350,101 @@ func TestRejoinOfAllRolesOfABackend(t *testing.T) {
 		f.stop()
 	})
 }
+
+// While a rejoin hook overwrites a, nothing makes a active, and no second one begins.
+func TestNobodyServesWhileItRejoins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		release := make(chan struct{})
+		l := &hookLog{do: map[Hook]func(HookCall){HookRejoin: func(HookCall) { <-release }}}
+		f := h.startWith(l, HookRejoin)
+		if err := f.failover(true, "b"); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		req := RejoinRequest{Role: "ma01", Member: "a"}
+		go func() {
+			_, err := f.Rejoin(t.Context(), req)
+			done <- err
+		}()
+		synctest.Wait()
+		_, err := f.Failover(t.Context(), FailoverRequest{Role: "ma01", To: "a", AcceptLoss: true, AcceptStale: true}, nil)
+		if err == nil || !strings.Contains(err.Error(), "makes a a copy of the active") {
+			t.Errorf("failover to a: %v", err)
+		}
+		if _, err := f.Rejoin(t.Context(), req); err == nil || !strings.Contains(err.Error(), "is at it already") {
+			t.Errorf("a second rejoin: %v", err)
+		}
+		close(release)
+		if err := <-done; err != nil || len(f.Snapshot().Roles["ma01"].Stale) > 0 {
+			t.Errorf("%v, %+v", err, f.Snapshot().Roles["ma01"].Stale)
+		}
+		f.stop()
+	})
+}
+
+// The frontend whose rejoin was at work is gone: its hook has ended with it, or will
+// be refused for the higher attempt.
+func TestRejoinOfAFrontendThatIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{slow: map[Hook]time.Duration{HookRejoin: time.Hour}}
+		f := h.startWith(l, HookRejoin)
+		if err := f.failover(true, "b"); err != nil {
+			t.Fatal(err)
+		}
+		go f.Rejoin(t.Context(), RejoinRequest{Role: "ma01", Member: "a"})
+		synctest.Wait()
+		if by := f.Snapshot().Roles["ma01"].Stale["a"].RejoinBy; by != f.ID() {
+			t.Errorf("by %q", by)
+		}
+		l.mu.Lock()
+		l.slow = nil
+		l.mu.Unlock()
+		g := h.start("g")
+		f.kill()
+		g.until(func(s *State) bool { return len(s.Frontends) == 1 })
+		if _, err := g.Rejoin(t.Context(), RejoinRequest{Role: "ma01", Member: "a"}); err != nil {
+			t.Error(err)
+		}
+		g.stop()
+		time.Sleep(2 * time.Hour)
+	})
+}
+
+// A failover takes a request away, and who waits for that hears so.
+func TestFailoverOverARequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := newHost(t), &compareLog{}
+		l.site = h.site
+		l.compare = func(ctx context.Context, _ HookCall) (Seen, string, error) {
+			<-ctx.Done()
+			return Seen{}, "", ctx.Err()
+		}
+		h.withHooks(l, HookCatchUp)
+		f := h.start("f")
+		ended := f.goSwitch(toB)
+		time.Sleep(time.Minute) // it compares
+		if err := f.failover(true, "b"); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-ended; err == nil || !strings.Contains(err.Error(), "failover 2 takes over") {
+			t.Error(err)
+		}
+		f.stop()
+	})
+}
+
+// Without a catch-up nobody knows whose mail differs.
+func TestNobodyHasLooked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		f.enter("alice").Leave(proven)
+		f.mustSwitch(toB)
+		if seen := f.Snapshot().Roles["ma01"].Seen; !seen.All {
+			t.Errorf("%+v", seen)
+		}
+		f.stop()
+	})
+}

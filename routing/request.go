@@ -335,6 +335,8 @@ func (d *driver) stepRequest(ctx context.Context, s *State, role string, row Row
 	switch {
 	case mine.cancel != nil:
 		return false, nil // a comparison is at work; abort takes the request back
+	case mine.compares && q.Comparison != nil && q.Comparison.Driver != d.token:
+		return false, errDeposed
 	case why == "" && d.wantsComparison(role, q):
 		return d.runComparison(ctx, s, role, mine)
 	case q.PlanOnly && now.Sub(mine.since) < planKept:

@@ -258,3 +258,59 @@ func TestFrontendsWithOtherHooks(t *testing.T) {
 		f.stop()
 	})
 }
+
+// Safety 19: what frontends report before a long comparison is not what they would
+// report behind it.
+func TestSafety19ReportsAreFresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h, l := newHost(t), &compareLog{}
+		l.site = h.site
+		h.withHooks(l, HookCatchUp)
+		var away error
+		h.opt.Reach = func(context.Context, string) error { return away }
+		f := h.start("f")
+		l.compare = func(context.Context, HookCall) (Seen, string, error) {
+			time.Sleep(30 * time.Minute)
+			away = errors.New("imap: no route to host")
+			return Seen{}, "all equal", nil
+		}
+		f.mustFail(toB, "cannot reach b: imap: no route to host")
+		f.stop()
+	})
+}
+
+// A frontend that registers between the last report and HOLD is asked first.
+func TestSafety19LateFrontend(t *testing.T) {
+	s, r := table(t), rules{}
+	if err := errors.Join(r.request(s, []string{"r"}, order{to: "b"}, false, explorerTime),
+		r.report(s, "f.1", "r", s.Roles["r"].Request.Number, Report{}, nil),
+		r.register(s, "g.1", Frontend{Backends: []string{"a", "b"}})); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.start(s, "r", s.Roles["r"].Request.Number, "d", explorerTime); err == nil || !strings.Contains(err.Error(), "no report from frontend g.1") {
+		t.Error(err)
+	}
+}
+
+// Who has waited for a switch that was aborted enters before the next one holds
+// the role: what is left of his window would not do.
+func TestSwitchAgainAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.opt.Parking = Parking{EntryRate: 2}
+		h.withHooks(&hookLog{site: h.site, slow: map[Hook]time.Duration{HookDemote: time.Hour}}, HookDemote)
+		f := h.start("f")
+		errs := make(chan error, 10)
+		for range cap(errs) {
+			f.logsInAgain("alice", errs)
+		}
+		f.mustFail(toB, "hook demote failed")
+		f.mustFail(toB, "hook demote failed")
+		for range cap(errs) {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+		f.stop()
+	})
+}
