@@ -343,25 +343,31 @@ start_as() {
 stop_all() {
 	rm -f "$state/$name.ticket"
 	command_for stop || say "the stop command failed"
-	tries=0
+	began=$(hundredths) sent=
 	while left=$(members) && [ -n "$left" ]; do
-		signal=
+		waited=$(($(hundredths) - began)) signal=
 		# shellcheck disable=SC2086 # process ids; some may just have ended
-		case $tries in
-		0) signal=TERM ;;
-		40)
+		if [ -z "$sent" ]; then
+			signal=TERM
+		elif [ "$sent" = TERM ] && [ "$waited" -ge 200 ]; then
 			signal=KILL
 			say "ended by force:" $left
-			;;
-		*) ! spent $left || signal=KILL ;;
-		esac
+		fi
+		sent=${signal:-$sent}
+		# shellcheck disable=SC2086
+		[ -n "$signal" ] || ! spent $left || signal=KILL
 		# shellcheck disable=SC2086
 		[ -z "$signal" ] || kill -s "$signal" $left 2>/dev/null || :
-		tries=$((tries + 1))
-		[ "$tries" -lt "$((limit * 20))" ] || later "cannot be stopped: $left"
+		[ "$waited" -lt "$((limit * 100))" ] || later "cannot be stopped: $left"
 		sleep 0.05
 	done
 	stopped
+}
+
+# hundredths is a clock that nobody sets.
+hundredths() {
+	read -r up _ </proc/uptime
+	echo "${up%.*}${up#*.}"
 }
 
 # part_of_this_start decides what an instance that starts is: what the hook that
