@@ -34,6 +34,8 @@ func newHookedDovecots(t testing.TB) (s *hookSite, a, b hookedDovecot) {
 
 // usersConf is the laboratory's part of the configuration: who there is.
 const usersConf = `
+log_timestamp = "%Y-%m-%d %H:%M:%S.%{usecs} "
+mail_plugins = notify mail_log
 disable_plaintext_auth = no
 default_login_user = nobody
 default_internal_user = daemon
