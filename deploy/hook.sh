@@ -14,6 +14,8 @@
 #	unsent         prints what the instance, as master, had not sent its peer; it
 #	               may be unable to know
 #	settle         removes, after a rejoin, what only the stale instance has
+#	agree          makes sure, after a catch-up for those in the file $users, that
+#	               the new one has what the old one has
 #	do_OP          one stage of a step on one backend, under the instance's lock
 #
 # Words: an *instance* is one mail server process tree; it carries the name of
@@ -44,7 +46,7 @@ check_config() {
 	while IFS= read -r line || [ -n "$line" ]; do
 		case ${line%%=*} in
 		'' | '#'*) ;;
-		ssh | start | stop | ask | state | limit | catch_up_all | program | doveadm) ;;
+		ssh | start | stop | ask | state | limit | catch_up_all | program | doveadm | compare) ;;
 		*.host | *.dir | *.peer | *.roles | *.sync | *.mail | *.off) ;;
 		*) fail "$config: unknown key: ${line%%=*}" ;;
 		esac
@@ -136,17 +138,17 @@ at() {
 	case $op:$step in
 	register:undo_demote | register:undo_promote | register:fence | replica:demote | replica:promote | replica:undo_demote) ;;
 	fence:fence | serves:rejoin | rejoin:rejoin | resend:rejoin | list:rejoin | surplus:rejoin | prune:rejoin | compare:rejoin) ;;
-	prove:prove | demote:demote | catch_up:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
+	prove:prove | demote:demote | catch_up:catch_up | list:catch_up | agree:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
 	*) fail "refused: no step" ;;
 	esac
 	dir=$(setting "$name.dir")
 	[ -n "$dir" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
 	# It comes with the number of the failover, which is over: whoever drove it.
 	[ "$step" != rejoin ] || attempt=999999999
-	case $op in
+	case $op:$step in
 	# They leave the instance as it is. It may have become the active by a later
 	# switch than that failover, and no switch waits until all is copied.
-	serves | list | prune | resend) ;;
+	serves:* | list:rejoin | prune:* | resend:*) ;;
 	*) admit ;;
 	esac
 	"do_$op"
@@ -278,10 +280,11 @@ hook() {
 		;;
 	catch_up)
 		users=$(mktemp)
+		trap 'rm -f "$users"' EXIT
 		users_seen >"$users"
 		exec 8<"$users"
-		rm -f "$users"
 		must "$from" catch_up "$to"
+		agree
 		;;
 	promote)
 		# Replication turns round: the old master must be there to take it.
@@ -340,25 +343,31 @@ start_as() {
 stop_all() {
 	rm -f "$state/$name.ticket"
 	command_for stop || say "the stop command failed"
-	tries=0
+	began=$(hundredths) sent=
 	while left=$(members) && [ -n "$left" ]; do
-		signal=
+		waited=$(($(hundredths) - began)) signal=
 		# shellcheck disable=SC2086 # process ids; some may just have ended
-		case $tries in
-		0) signal=TERM ;;
-		40)
+		if [ -z "$sent" ]; then
+			signal=TERM
+		elif [ "$sent" = TERM ] && [ "$waited" -ge 200 ]; then
 			signal=KILL
 			say "ended by force:" $left
-			;;
-		*) ! spent $left || signal=KILL ;;
-		esac
+		fi
+		sent=${signal:-$sent}
+		# shellcheck disable=SC2086
+		[ -n "$signal" ] || ! spent $left || signal=KILL
 		# shellcheck disable=SC2086
 		[ -z "$signal" ] || kill -s "$signal" $left 2>/dev/null || :
-		tries=$((tries + 1))
-		[ "$tries" -lt "$((limit * 20))" ] || later "cannot be stopped: $left"
+		[ "$waited" -lt "$((limit * 100))" ] || later "cannot be stopped: $left"
 		sleep 0.05
 	done
 	stopped
+}
+
+# hundredths is a clock that nobody sets.
+hundredths() {
+	read -r up _ </proc/uptime
+	echo "${up%.*}${up#*.}"
 }
 
 # part_of_this_start decides what an instance that starts is: what the hook that

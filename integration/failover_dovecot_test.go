@@ -65,8 +65,7 @@ func TestFailoverDovecot(t *testing.T) {
 
 	// What README.md says brings over what b had not sent.
 	aside := leftOver.FindString(said)
-	doveadm := filepath.Join(filepath.Dir(dovecotProgram(t)), "..", "bin", "doveadm")
-	out, err := runTool(t, 10*time.Second, nil, doveadm, "-c", filepath.Join(b.etc(), "dovecot.conf"), "import", "-u", "u0002",
+	out, err := runTool(t, 10*time.Second, nil, doveadmProgram(t), "-c", filepath.Join(b.etc(), "dovecot.conf"), "import", "-u", "u0002",
 		"maildir:"+filepath.Join(aside, "u0002/Maildir"), "left-over", "all")
 	if err != nil {
 		t.Fatalf("import: %v: %s", err, out)

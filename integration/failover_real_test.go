@@ -17,7 +17,7 @@ import (
 func (s *hookSite) drivenBy(t testing.TB, site *site, promote string) *posthouse {
 	t.Helper()
 	var hooks []string
-	for _, step := range []string{"demote", "catch_up", "promote", "undo_promote", "undo_demote", "fence", "rejoin"} {
+	for _, step := range []string{"prove", "demote", "catch_up", "promote", "undo_promote", "undo_demote", "fence", "rejoin"} {
 		script := s.script
 		if step == "promote" && promote != "" {
 			script = promote

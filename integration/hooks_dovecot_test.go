@@ -22,10 +22,9 @@ type hookedDovecot struct {
 func newHookedDovecots(t testing.TB) (s *hookSite, a, b hookedDovecot) {
 	t.Helper()
 	a, b = newHookedDovecot(t, "a"), newHookedDovecot(t, "b")
-	program := dovecotProgram(t)
 	s = newHookSite(t, "dovecot/posthouse-dovecot", a.etc(), b.etc(), fmt.Sprintf(
 		"program=%s\ndoveadm=%s\na.sync=tcp:%s:4949\na.mail=%s\nb.sync=tcp:%s:4949\nb.mail=%s\n",
-		program, filepath.Join(filepath.Dir(program), "..", "bin", "doveadm"), a.host, a.mailDir(), b.host, b.mailDir()))
+		dovecotProgram(t), doveadmProgram(t), a.host, a.mailDir(), b.host, b.mailDir()))
 	s.boot(t, "a")
 	s.boot(t, "b")
 	a.mustBe(t, s, "master")
@@ -35,6 +34,8 @@ func newHookedDovecots(t testing.TB) (s *hookSite, a, b hookedDovecot) {
 
 // usersConf is the laboratory's part of the configuration: who there is.
 const usersConf = `
+log_timestamp = "%Y-%m-%d %H:%M:%S.%{usecs} "
+mail_plugins = notify mail_log
 disable_plaintext_auth = no
 default_login_user = nobody
 default_internal_user = daemon
@@ -138,6 +139,7 @@ func TestDovecotHooks(t *testing.T) {
 	t.Parallel()
 	t.Run("cycle", dovecotHooksCycle)
 	t.Run("undo", dovecotHooksUndo)
+	t.Run("flags", dovecotHooksFlags)
 }
 
 func dovecotHooksCycle(t *testing.T) {
@@ -249,4 +251,95 @@ func dovecotHooksUndo(t *testing.T) {
 	if _, _, err := inside.imap(5*time.Second, "NOOP"); err == nil {
 		t.Error("the session goes on")
 	}
+}
+
+// dovecotHooksFlags: what dsync by itself would leave on the replica as it was.
+func dovecotHooksFlags(t *testing.T) {
+	s, a, b := newHookedDovecots(t)
+	// move switches, and returns what catch_up said.
+	move := func(from, to hookedDovecot) (said string) {
+		t.Helper()
+		want := from.contents(t, "u0001")
+		s.number++
+		for _, step := range []string{"demote", "catch_up", "promote"} {
+			end := s.must(t, 0, call{step: step, from: from.name, to: to.name, number: s.number, attempt: 1, users: []string{"u0001", "u0002"}})
+			if step == "catch_up" {
+				said = end.said
+			}
+		}
+		s.tableSays(t, to.name, "open")
+		if has := to.contents(t, "u0001"); !slices.Equal(has, want) {
+			t.Errorf("%s has\n%q\nwant\n%q", to.name, has, want)
+		}
+		return said
+	}
+	does := func(d hookedDovecot, commands ...string) {
+		w := d.as(t, "u0001")
+		defer w.Close()
+		w.ok(t, append([]string{"SELECT INBOX"}, commands...)...)
+	}
+	// An expunge counts once more on the replica; a change on the master makes the
+	// counters equal, by which dsync takes the mailbox for unchanged (without -f).
+	deliverMany(t, a.lmtp(), 3, "u0001")
+	does(a, `STORE 1 +FLAGS (\Deleted)`, "EXPUNGE")
+	a.sync(t, b, "u0001")
+	does(a, `STORE 1 +FLAGS (\Answered)`)
+	if has, want := b.counters(t, "u0001"), a.counters(t, "u0001"); has != want {
+		t.Fatalf("the counters are not equal: this run proves nothing: %s, %s", has, want)
+	}
+	if said := move(a, b); strings.Contains(said, "flags") {
+		t.Errorf("dsync has not compared: %s", said)
+	}
+
+	// b's log says that b has set the flags; a's removal of them has a lower number
+	// than the message has on b, where a copy of many messages has counted many times.
+	does(b, `STORE 1 +FLAGS (\Seen Kept $Junk)`)
+	move(b, a)
+	deliverMany(t, a.lmtp(), 10, "u0001")
+	a.sync(t, b, "u0001")
+	does(a, "COPY 1:* INBOX")
+	a.sync(t, b, "u0001")
+	for _, sign := range []string{"-", "+"} {
+		does(a, "STORE 1 "+sign+`FLAGS (\Seen $Junk)`)
+		a.sync(t, b, "u0001")
+	}
+	does(a, `STORE 1 -FLAGS (\Seen $Junk)`)
+	if said := move(a, b); !strings.Contains(said, "flags that dsync had not brought: 1") {
+		t.Errorf("dsync has brought all: this run proves nothing: %s", said)
+	}
+
+	// What dsync leaves out keeps the new one from being opened.
+	deliverMany(t, b.lmtp(), 1, "u0002")
+	s.must(t, 0, call{step: "demote", from: "b", to: "a", number: s.number + 1, attempt: 1})
+	catchUp := call{step: "catch_up", from: "b", to: "a", number: s.number + 1, attempt: 1, users: []string{"u0001", "u0002"}}
+	forgetful := filepath.Join(s.dir, "doveadm")
+	must(t, os.WriteFile(forgetful, []byte("#!/bin/sh\ncase \"$*\" in *sync*) ;; *) exec "+doveadmProgram(t)+" \"$@\" ;; esac\n"), 0o755))
+	s.configure(t, "remote.conf", "doveadm="+forgetful+"\n")
+	s.must(t, 75, catchUp, "differs from b: 1 differences: lacks u0002")
+}
+
+// sync is what README.md recommends between switches.
+func (d hookedDovecot) sync(t testing.TB, to hookedDovecot, user string) {
+	t.Helper()
+	d.doveadm(t, "sync", "-1", "-f", "-u", user, "tcp:"+to.host+":4949")
+}
+
+// counters are those by which dsync tells whether a mailbox has changed.
+func (d hookedDovecot) counters(t testing.TB, user string) string {
+	t.Helper()
+	return d.doveadm(t, "mailbox", "status", "-u", user, "messages uidnext uidvalidity highestmodseq", "INBOX")
+}
+
+func (d hookedDovecot) doveadm(t testing.TB, args ...string) string {
+	t.Helper()
+	out, err := runTool(t, 20*time.Second, nil, append([]string{doveadmProgram(t), "-c", filepath.Join(d.etc(), "dovecot.conf")}, args...)...)
+	if err != nil {
+		t.Fatalf("doveadm %s: %v: %s", args, err, out)
+	}
+	return out
+}
+
+func doveadmProgram(t testing.TB) string {
+	t.Helper()
+	return filepath.Join(filepath.Dir(dovecotProgram(t)), "..", "bin", "doveadm")
 }

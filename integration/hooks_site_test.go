@@ -47,6 +47,50 @@ while [ -e $DIR/slow ]; do sleep 0.02; done
 setsid $SYSLOG $SCRIPT -c $DIR/$2.conf run "$1" </dev/null >>$DIR/starts 2>&1 &
 `
 
+// steered is a hook that the test can hold before its work, or let fail after it.
+const steered = `#!/bin/sh
+while [ -e $0.$3.waits ]; do touch $0.$3.came; sleep 0.02; done
+$SCRIPT "$@" || exit
+echo $3 >>$0.ran
+[ ! -e $0.$3.fails ]
+`
+
+// steer puts the test between posthouse and the script.
+func (s *hookSite) steer(t testing.TB) {
+	t.Helper()
+	path := filepath.Join(s.dir, "steered")
+	must(t, os.WriteFile(path, []byte(strings.ReplaceAll(steered, "$SCRIPT", s.script)), 0o755))
+	s.script = path
+}
+
+// fails lets a step fail, if it is not empty, until mend is called.
+func (s *hookSite) fails(t testing.TB, step string) (mend func()) {
+	t.Helper()
+	if step == "" {
+		return func() {}
+	}
+	path := s.script + "." + step + ".fails"
+	writeFile(t, path, "")
+	return func() { must(t, os.Remove(path)) }
+}
+
+// holds keeps a step from its work; await waits until it is to begin, and release
+// lets it.
+func (s *hookSite) holds(t testing.TB, step string) (await, release func()) {
+	t.Helper()
+	path := s.script + "." + step
+	os.Remove(path + ".came")
+	writeFile(t, path+".waits", "")
+	await = func() {
+		t.Helper()
+		within(t, 30*time.Second, step+" is asked for", func() bool {
+			_, err := os.Stat(path + ".came")
+			return err == nil
+		})
+	}
+	return await, func() { must(t, os.Remove(path+".waits")) }
+}
+
 // newHookSite writes the configuration of both hosts. dirs are the instances'
 // directories, extra more lines.
 func newHookSite(t testing.TB, script, adir, bdir, extra string) *hookSite {

@@ -41,7 +41,10 @@ func TestSwitchesOfTwoPairs(t *testing.T) {
 	}
 	s.members, s.hooks = "a, b", strings.TrimSuffix(strings.TrimPrefix(s.roles["ma01"], "{members: [a, b], active: a"), "}")
 	delete(s.roles, "ma01")
-	w := &witness{frontends: l.frontends(t, s), users: users, uids: map[string]string{}, acked: map[string]bool{}, quit: make(chan struct{})}
+	w := &witness{users: users}
+	for _, r := range l.frontends(t, s) {
+		w.frontends = append(w.frontends, r.posthouse)
+	}
 	w.start(t)
 
 	var took []time.Duration
@@ -71,7 +74,7 @@ func TestSwitchesOfTwoPairs(t *testing.T) {
 	}
 	checked := 0
 	for _, m := range pairs {
-		checked += w.compare(t, m)
+		checked += w.compare(t, m.servers[m.active], m.users)
 		var both []*cyrus
 		for _, server := range m.servers {
 			both = append(both, server.cyrus)
@@ -119,7 +122,7 @@ func (l *lan) mirror(t testing.TB, role, first, second string, users []string) *
 
 // witness is a number of clients and MTAs that remember what they were told.
 type witness struct {
-	frontends []*resident
+	frontends []*posthouse
 	users     []string
 	quit      chan struct{}
 	once      sync.Once
@@ -130,13 +133,15 @@ type witness struct {
 	appended   map[string]int    // by user: the serial number of the newest append
 	uids       map[string]string // user and subject → UIDVALIDITY and UID
 	acked      map[string]bool   // user and subject
+	flagged    map[string]bool   // those of acked whose STORE was acknowledged
 	logins     int
 	refused    int
 	complaints []string
 }
 
 func (w *witness) start(t testing.TB) {
-	w.appended = map[string]int{}
+	w.quit, w.appended, w.uids = make(chan struct{}), map[string]int{}, map[string]string{}
+	w.acked, w.flagged = map[string]bool{}, map[string]bool{}
 	for i, user := range w.users {
 		w.work.Go(func() { w.client(user, i) })
 	}
@@ -227,6 +232,13 @@ func (w *witness) reads(c *wire, user string) {
 		w.acked[user+" "+subject], w.appended[user] = true, serial
 		w.mu.Unlock()
 		w.knows(user, map[string]string{subject: code[1]})
+		_, uid, _ := strings.Cut(code[1], " ")
+		if _, _, err := c.imap(20*time.Second, `UID STORE %s +FLAGS.SILENT (\Flagged)`, uid); err != nil {
+			return
+		}
+		w.mu.Lock()
+		w.flagged[user+" "+subject] = true
+		w.mu.Unlock()
 		untagged, _, err := c.imap(20*time.Second, "UID FETCH 1:* (UID BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
 		if err != nil {
 			return
@@ -270,7 +282,7 @@ func (w *witness) knows(user string, uids map[string]string) {
 }
 
 // mta delivers to two users at a time, and tries again until both have it.
-func (w *witness) mta(p *resident) {
+func (w *witness) mta(p *posthouse) {
 	l := &loader{address: p.lmtp()}
 	var c *lmtp
 	for n := 0; w.pause(100 * time.Millisecond); n++ {
@@ -291,22 +303,29 @@ func (w *witness) mta(p *resident) {
 	}
 }
 
-// compare asserts that the active of m has whatever its users were told, under the
-// same UIDs, and returns how many UIDs it compared.
-func (w *witness) compare(t testing.TB, m *mirrored) (uids int) {
+// compare asserts that the active has whatever its users were told, under the same
+// UIDs, and returns how many UIDs it compared.
+func (w *witness) compare(t testing.TB, active mailServer, users []string) (uids int) {
 	t.Helper()
-	server := m.servers[m.active]
-	for _, user := range m.users {
-		c := server.as(t, user)
+	for _, user := range users {
+		c := active.as(t, user)
 		untagged, _, err := c.imap(10*time.Second, "EXAMINE INBOX")
 		must(t, err)
 		validity := validityCode.FindStringSubmatch(strings.Join(untagged, "\n"))
 		if validity == nil {
-			t.Fatalf("%s on %s: no UIDVALIDITY: %q", user, m.active, untagged)
+			t.Fatalf("%s: no UIDVALIDITY: %q", user, untagged)
 		}
-		untagged, _, err = c.imap(30*time.Second, "UID FETCH 1:* (UID BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
+		untagged, _, err = c.imap(30*time.Second, "UID FETCH 1:* (UID FLAGS BODY.PEEK[HEADER.FIELDS (SUBJECT)])")
 		must(t, err)
-		there := uidsOf(validity[1], untagged)
+		there, flagged, isFlagged := uidsOf(validity[1], untagged), map[string]bool{}, false
+		for _, line := range untagged {
+			if uidItem.MatchString(line) {
+				isFlagged = strings.Contains(line, `\Flagged`)
+			}
+			if subject, found := strings.CutPrefix(line, "Subject: "); found {
+				flagged[subject] = isFlagged
+			}
+		}
 		for message := range w.acked {
 			subject, ofUser := strings.CutPrefix(message, user+" ")
 			if !ofUser {
@@ -314,10 +333,13 @@ func (w *witness) compare(t testing.TB, m *mirrored) (uids int) {
 			}
 			has, known := there[subject], w.uids[message]
 			if has == "" || known != "" && known != has {
-				t.Errorf("acknowledged, and seen with UID %q: %s; on %s it has UID %q", known, message, m.active, has)
+				t.Errorf("acknowledged, and seen with UID %q: %s; on the active it has UID %q", known, message, has)
 			}
 			if known != "" {
 				uids++
+			}
+			if w.flagged[message] && !flagged[subject] {
+				t.Errorf("flagged, and on the active it is not: %s", message)
 			}
 		}
 	}

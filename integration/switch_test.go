@@ -173,6 +173,16 @@ func TestSwitchWithinAppend(t *testing.T) {
 // what lets it go on. The end of the test does, too.
 func (c *cyrus) freeze(t testing.TB, user string) (thaw func()) {
 	t.Helper()
+	pid := c.serves(t, user)
+	must(t, syscall.Kill(pid, syscall.SIGSTOP))
+	thaw = sync.OnceFunc(func() { syscall.Kill(pid, syscall.SIGCONT) })
+	t.Cleanup(thaw)
+	return thaw
+}
+
+// serves is the id of the process that serves user's newest session.
+func (c *cyrus) serves(t testing.TB, user string) int {
+	t.Helper()
 	lab.syslog.settle(t, c.prefix)
 	pid := 0
 	for _, l := range lab.syslog.of(c.prefix) {
@@ -183,10 +193,7 @@ func (c *cyrus) freeze(t testing.TB, user string) (thaw func()) {
 	if pid == 0 {
 		t.Fatalf("%s's log shows no login of %s", c.prefix, user)
 	}
-	must(t, syscall.Kill(pid, syscall.SIGSTOP))
-	thaw = sync.OnceFunc(func() { syscall.Kill(pid, syscall.SIGCONT) })
-	t.Cleanup(thaw)
-	return thaw
+	return pid
 }
 
 // crowd is a number of clients, one per user, that work and come back whenever
