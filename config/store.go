@@ -153,7 +153,7 @@ func (v *validation) etcdTLS(s *Store, isSecure bool) {
 // may still do that was stopped past its lease (safety 10), and time to drain.
 func (v *validation) leased() {
 	for _, name := range v.roleNames() {
-		if hooks := v.cfg.Roles[name].Hooks; len(hooks.Demote) == 0 && len(hooks.Fence) == 0 {
+		if len(v.cfg.Roles[name].Hooks.Demote) == 0 { // fence runs in a failover only
 			v.faultAt(join("roles", name)+".hooks.demote", "fencing leased needs it: no check inside a frontend that was stopped helps when it runs again",
 				"add a hook that stops the old active, or cuts that frontend off there; or use fencing stable")
 		}

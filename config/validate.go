@@ -210,6 +210,7 @@ func (v *validation) roles() {
 	for _, name := range v.roleNames() {
 		v.role(join("roles", name), name, v.cfg.Roles[name])
 	}
+	v.sharedBackends()
 }
 
 // roleNames returns the names in a fixed order.

@@ -26,6 +26,51 @@ func (v *validation) hooks(path string, r Role) {
 	}
 }
 
+func (v *validation) hasHooks() bool {
+	for _, r := range v.cfg.Roles {
+		if len(r.Hooks.ByName()) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// sharedBackends compares the roles that two backends share: where hooks may
+// restart these, a switch of any of the roles takes the others with it.
+func (v *validation) sharedBackends() {
+	type pair [2]string
+	first := make(map[pair]string)
+	for _, name := range v.roleNames() {
+		r := v.cfg.Roles[name]
+		if r.Scope == ScopeRole {
+			continue
+		}
+		members := slices.Sorted(slices.Values(r.Members))
+		for i, a := range members {
+			for _, b := range members[i+1:] {
+				if other, is := first[pair{a, b}]; !is {
+					first[pair{a, b}] = name
+				} else {
+					v.together(name, r, other, v.cfg.Roles[other], a, b)
+				}
+			}
+		}
+	}
+}
+
+func (v *validation) together(name string, r Role, otherName string, other Role, a, b string) {
+	const fix = ", or state that the hooks touch nothing else (scope: role), or give each role backends of its own"
+	hooks, path := r.Hooks.ByName(), join("roles", name)
+	switch {
+	case !maps.EqualFunc(hooks, other.Hooks.ByName(), slices.Equal[[]string]):
+		v.faultAt(path+".hooks", fmt.Sprintf("not those of role %s, which is switched together with it where hooks may restart %s or %s", otherName, a, b),
+			"use the same (a YAML alias will do)"+fix)
+	case len(hooks) > 0 && r.Active != other.Active && r.Active != "" && other.Active != "":
+		v.faultAt(path+".active", fmt.Sprintf("%s, and role %s begins on %s: neither could be switched, as hooks may restart the other's backend", r.Active, otherName, other.Active),
+			"let both begin on one"+fix)
+	}
+}
+
 // catchUp checks the comparison of a role, and fills its defaults in.
 func (v *validation) catchUp(path string, r *Role) {
 	c := &r.CatchUp

@@ -12,14 +12,24 @@ const (
 	minIdle = 31 * time.Minute
 	// maxKeepalive is when ipvs forgets an idle flow.
 	maxKeepalive = 15 * time.Minute
+	// hookEnding is how long it takes to end a hook that does not want to.
+	hookEnding = 2 * time.Second
+	// patience is when common clients give up a login.
+	patience = 30 * time.Second
 )
 
 func (v *validation) limits() {
 	v.positive("limits", v.cfg.Limits)
 	l := v.cfg.Limits
 	v.less("switch_budget", l.SwitchBudget, "hold_window", l.HoldWindow, "a switch that fails must not have refused anybody")
+	if v.hasHooks() && l.SwitchBudget < l.HoldWindow {
+		v.less("switch_budget", l.SwitchBudget, "hold_window", l.HoldWindow-hookEnding+1, "it takes up to "+hookEnding.String()+" to end a hook, which are taken off here")
+	}
 	v.less("undo_reserve", l.UndoReserve, "switch_budget", l.SwitchBudget, "a switch needs time to go forward")
 	v.less("drain_timeout", l.DrainTimeout, "switch_budget", l.SwitchBudget, "a switch needs time left after the drain")
+	if v.hasHooks() {
+		v.less("drain_timeout", l.DrainTimeout, "switch_budget", l.SwitchBudget-l.UndoReserve, "hooks need time between the drain and undo_reserve, which is taken off here")
+	}
 	v.less("auth_failure_delay", l.AuthFailureDelay, "preauth_timeout", l.PreauthTimeout, "nobody could try twice")
 	v.less("drain_timeout", l.DrainTimeout, "shutdown_timeout", l.ShutdownTimeout+1, "sessions could not be drained at the end")
 	v.less("connect_timeout", l.ConnectTimeout, "backend_login_timeout", l.BackendLoginTimeout+1, "the login would be given up first")
@@ -52,10 +62,10 @@ func (v *validation) parking() {
 	if l.EntryRate <= 0 {
 		return // is reported already
 	}
-	through := time.Duration(l.MaxParkedPerRole) * time.Second / time.Duration(l.EntryRate)
-	if through > l.HoldWindow {
-		v.faultAt("limits.entry_rate", fmt.Sprintf("%d a second: %d waiting logins (max_parked_per_role) would need %v, which is more than hold_window (%v)",
-			l.EntryRate, l.MaxParkedPerRole, through, l.HoldWindow), "raise it, or lower max_parked_per_role")
+	through, most := time.Duration(l.MaxParkedPerRole)*time.Second/time.Duration(l.EntryRate), max(l.HoldWindow, patience)
+	if l.SwitchBudget+through > most {
+		v.faultAt("limits.entry_rate", fmt.Sprintf("%d a second: %d waiting logins (max_parked_per_role) would need %v after a switch of up to %v (switch_budget); clients wait for %v",
+			l.EntryRate, l.MaxParkedPerRole, through, l.SwitchBudget, most), "raise it, or lower max_parked_per_role")
 	}
 }
 
