@@ -27,7 +27,7 @@ func TestSwitchesOfADovecotPair(t *testing.T) {
 	site := newSite(t, a.backend(), b.backend(), users...)
 	site.doors = append(site.doors, `{protocol: lmtp, address: "$HOST:24", tls: off, trusted: ["127.0.0.0/8"]}`)
 	site.more = append(site.more, `lmtp: {local_domains: ["*"]}`)
-	site.limits = "hold_window: 29s, switch_budget: 27s"
+	site.limits = "hold_window: 29s, switch_budget: 27s, entry_rate: 5000"
 	s.steer(t)
 	w := &witness{users: users, frontends: []*posthouse{s.drivenBy(t, site, "")}}
 	w.frontends = append(w.frontends, startFrontend(t, site))

@@ -46,7 +46,7 @@ func (d hookedDovecot) isEmpty(t testing.TB) bool {
 func proofByHooks(t *testing.T, s *hookSite, a, b sessionServer, tls, open backend) {
 	open.plain = true
 	site := newSite(t, tls, open, "u0001")
-	site.limits = "hold_window: 60s, drain_timeout: 1s, switch_budget: 55s" // the test holds hooks
+	site.limits = "hold_window: 60s, drain_timeout: 1s, switch_budget: 55s, entry_rate: 5000" // the test holds hooks
 	s.steer(t)
 	p := s.drivenBy(t, site, "")
 	servers := map[string]sessionServer{"a": a, "b": b}

@@ -46,11 +46,11 @@ func (t *Table) requests(s *State, req SwitchRequest, planOnly bool, now time.Ti
 	return t.rules.request(s, roles, o, planOnly, now)
 }
 
-// config is what this frontend knows of a role. One that it does not know may have
-// hooks elsewhere.
+// config is what this frontend's configuration has of a role of the table. One that
+// it does not have may have hooks elsewhere.
 func (t *Table) config(role string) (RoleConfig, error) {
 	config, known := t.opt.Roles[role]
-	if !known {
+	if _, inTable := t.Snapshot().Roles[role]; inTable && !known {
 		return config, fmt.Errorf("%w: role %s is not in the configuration of frontend %s: ask one that has it, or add it", ErrConflict, role, t.ID())
 	}
 	return config, nil

@@ -81,6 +81,33 @@ func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routin
 	return routing.Seen{Users: p.left}, p.report.String() + "; those are compared again in HOLD", nil
 }
 
+// rejoinRounds is how often those are compared again who differ behind a rejoin.
+// Replication goes on, and the active is being used.
+const rejoinRounds = 60
+
+// rejoin runs the site's program and compares everybody behind it: the member is
+// a copy once each user has been equal.
+func (h *hooks) rejoin(ctx context.Context, call routing.HookCall) (output string, err error) {
+	if output, err = h.programs.Run(ctx, call); err != nil {
+		return output, err
+	}
+	c := h.comparisons[call.Roles[0]]
+	users, err := c.users(ctx, call)
+	if err != nil {
+		return output, fmt.Errorf("list the users to compare: %w", err)
+	}
+	p := c.pursue(call.From, call.To, users)
+	for round := range rejoinRounds {
+		if round > 0 {
+			pause(ctx, openPause)
+		}
+		if err = p.compare(ctx); err == nil || ctx.Err() != nil || p.untold && round+1 >= openRounds {
+			break
+		}
+	}
+	return joined(output, p.report.String()), err
+}
+
 // Run runs the site's program. In CATCH UP, where the first role wants it, both
 // members are compared behind that, by turns with it, until they are equal; or
 // until ctx ends: then the error names what differs, and so does the switch that
@@ -89,11 +116,7 @@ func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routin
 // with an active that is being used.
 func (h *hooks) Run(ctx context.Context, call routing.HookCall) (output string, err error) {
 	if call.Hook == routing.HookRejoin && h.Compares(call.Roles[0]) {
-		if output, err = h.programs.Run(ctx, call); err != nil {
-			return output, err
-		}
-		_, found, err := h.Compare(ctx, call)
-		return joined(output, found), err
+		return h.rejoin(ctx, call)
 	}
 	if call.Hook != routing.HookCatchUp || len(call.Roles) == 0 || h.comparisons[call.Roles[0]] == nil {
 		return h.programs.Run(ctx, call)
