@@ -148,7 +148,11 @@ func (d *driver) runComparison(ctx context.Context, s *State, role string, mine 
 			call.Seen = call.Seen.merge(with.Comparison.Of)
 		}
 	}
-	running, cancel := context.WithTimeout(ctx, compareTimeout)
+	limit := compareTimeout
+	if q.PlanOnly {
+		limit = planKept // nobody takes it later
+	}
+	running, cancel := context.WithTimeout(ctx, limit)
 	mine.cancel, mine.compares = cancel, true
 	d.t.log.Info("comparing before HOLD", zap.Strings("roles", q.Roles), zap.Uint64("switch", q.Number),
 		zap.Bool("all", call.Seen.All), zap.Int("users", len(call.Seen.Users)))

@@ -172,10 +172,10 @@ func (t *Table) Rejoin(ctx context.Context, req RejoinRequest) (Rejoined, error)
 		Number: stale.Number, Epoch: row.Epoch, Attempt: stale.Attempt, Seen: Seen{All: true}})
 	isCopy := err == nil
 	if err != nil {
-		log.Error("rejoin failed", zap.String("output", done.Output), zap.Error(err))
+		log.Error("rejoin failed", zap.Error(err))
 		err = fmt.Errorf("hook rejoin: %w", err)
 	} else {
-		log.Info("rejoin done", zap.String("output", done.Output))
+		log.Info("rejoin done")
 	}
 	fresh, unwritten := t.opt.Store.Update(context.WithoutCancel(ctx), func(now *State) error {
 		return each(roles, func(role string) error {

@@ -93,7 +93,7 @@ func isUndo(h Hook) bool { return h == HookUndoDemote || h == HookUndoPromote }
 func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	mine, t := d.switches[end.number], d.t
 	fields := []zap.Field{zap.String("hook", string(end.run.Hook)), zap.Uint64("switch", end.number),
-		zap.Duration("took", end.run.Took), zap.String("output", end.run.Output)}
+		zap.Duration("took", end.run.Took)}
 	if end.err != nil {
 		t.log.Error("hook failed", append(fields, zap.Error(end.err))...)
 	} else {

@@ -189,7 +189,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 	limits := i.cfg.Limits
 	i.table, err = routing.Start(ctx, routing.Options{
 		ID: routing.NewID(i.cfg.Hostname), Store: i.store, Directory: chain, Local: i.state,
-		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: &hooks{programs(i.cfg.Roles, i.cfg.StateDir), i.comparisons(chain)}, Reach: i.reach,
+		HoldWindow: limits.HoldWindow, SwitchBudget: limits.SwitchBudget, UndoReserve: limits.UndoReserve, Hooks: &hooks{programs(i.cfg.Roles, i.cfg.StateDir, i.log), i.comparisons(chain)}, Reach: i.reach,
 		ResidueMaxAge: limits.ResidueMaxAge,
 		Parking: routing.Parking{Total: limits.MaxParked, Role: limits.MaxParkedPerRole, User: limits.MaxParkedPerUser,
 			Address: limits.MaxParkedPerIP, Unverified: limits.MaxParkedUnverified, EntryRate: limits.EntryRate},
@@ -268,8 +268,8 @@ func roleConfig(r config.Role, l config.Limits) routing.RoleConfig {
 }
 
 // programs are the hooks of all roles.
-func programs(roles map[string]config.Role, dir string) *hookrun.Runner {
-	r := &hookrun.Runner{Dir: dir, Roles: make(map[string]hookrun.Commands, len(roles))}
+func programs(roles map[string]config.Role, dir string, log *zap.Logger) *hookrun.Runner {
+	r := &hookrun.Runner{Dir: dir, Log: log, Roles: make(map[string]hookrun.Commands, len(roles))}
 	for name, role := range roles {
 		commands := make(hookrun.Commands)
 		for hook, argv := range role.Hooks.ByName() {

@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/posthouse/posthouse/routing"
 )
 
@@ -22,6 +24,9 @@ const (
 	tempFail = 75
 	// outputKept is how much of a hook's output goes into the history.
 	outputKept = 1024
+	// outputLogged is how much of it is logged, in lines of up to longestLine.
+	outputLogged = 1 << 20
+	longestLine  = 4096
 	// killAfter is how long a hook has after SIGTERM.
 	killAfter = time.Second
 )
@@ -35,6 +40,8 @@ type Runner struct {
 	Roles map[string]Commands
 	// Dir is where the lists of users lie while a hook runs.
 	Dir string
+	// Log gets what hooks write, line by line. Default: none.
+	Log *zap.Logger
 }
 
 var _ routing.Hooks = (*Runner)(nil)
@@ -70,7 +77,11 @@ func (r *Runner) Run(ctx context.Context, call routing.HookCall) (output string,
 		return "", err
 	}
 	defer os.Remove(users) // fails if there is none
-	var out tail
+	out := outputLog{log: r.Log}
+	if r.Log != nil {
+		out.log = r.Log.With(zap.String("hook", string(call.Hook)), zap.Uint64("switch", call.Number))
+		defer out.flush()
+	}
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	cmd.Env = append(os.Environ(),
@@ -139,30 +150,78 @@ func endGroup(ctx context.Context, pid int, ended <-chan struct{}) {
 	_ = syscall.Kill(-pid, syscall.SIGKILL)
 }
 
-// tail keeps the end of what is written to it.
-type tail struct {
-	mu   sync.Mutex
-	kept []byte
-	lost bool
+// outputLog logs what is written to it, and keeps the end of it.
+type outputLog struct {
+	log *zap.Logger // may be nil
+
+	mu     sync.Mutex
+	kept   []byte
+	lost   bool
+	line   []byte // not complete yet
+	logged int    // octets
 }
 
-func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.kept = append(t.kept, p...)
-	if n := len(t.kept) - outputKept; n > 0 {
-		t.kept, t.lost = append(t.kept[:0], t.kept[n:]...), true
+func (o *outputLog) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.log != nil {
+		o.logLines(p)
+	}
+	o.kept = append(o.kept, p...)
+	if n := len(o.kept) - outputKept; n > 0 {
+		o.kept, o.lost = append(o.kept[:0], o.kept[n:]...), true
 	}
 	return len(p), nil
 }
 
+func (o *outputLog) logLines(p []byte) {
+	for len(p) > 0 && o.logged < outputLogged {
+		n := bytes.IndexByte(p, '\n')
+		if n < 0 && len(o.line)+len(p) < longestLine {
+			o.line = append(o.line, p...)
+			return
+		}
+		if n < 0 || len(o.line)+n > longestLine {
+			n = max(longestLine-len(o.line), 0)
+		}
+		o.line = append(o.line, p[:n]...)
+		o.logLine()
+		p = p[n:]
+		if len(p) > 0 && p[0] == '\n' {
+			p = p[1:]
+		}
+	}
+}
+
+func (o *outputLog) logLine() {
+	o.logged += len(o.line)
+	if text := clean(o.line); text != "" {
+		o.log.Info("hook says", zap.String("text", text))
+	}
+	if o.logged >= outputLogged {
+		o.log.Warn("hook says more than is logged", zap.Int("octets", o.logged))
+	}
+	o.line = o.line[:0]
+}
+
+// flush logs a last line without an end.
+func (o *outputLog) flush() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.line) > 0 {
+		o.logLine()
+	}
+}
+
 // String is what was kept, fit for a log and for JSON.
-func (t *tail) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	s := strings.ToValidUTF8(string(bytes.TrimSpace(t.kept)), "\uFFFD")
-	if t.lost {
+func (o *outputLog) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	s := clean(o.kept)
+	if o.lost {
 		s = "… " + s
 	}
 	return s
 }
+
+func clean(text []byte) string { return strings.ToValidUTF8(string(bytes.TrimSpace(text)), "\uFFFD") }

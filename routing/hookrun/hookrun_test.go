@@ -3,13 +3,18 @@ package hookrun
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/posthouse/posthouse/routing"
 )
@@ -139,4 +144,31 @@ func hasEnded(pid int) bool {
 		time.Sleep(10 * time.Millisecond)
 	}
 	return false
+}
+
+// What a hook writes is in the log, line by line, whatever its pieces; the last line
+// too, and not for ever.
+func TestOutputIsLogged(t *testing.T) {
+	core, logs := observer.New(zap.InfoLevel)
+	r := shell(t, `printf one; printf ' and two\n\nthree\n' >&2; head -c 9000 /dev/zero | tr '\0' x; printf '\nlast'`)
+	r.Log = zap.New(core)
+	if _, err := r.Run(t.Context(), call(routing.HookDemote)); err != nil {
+		t.Fatal(err)
+	}
+	var said []string
+	for _, e := range logs.All() {
+		said = append(said, e.ContextMap()["text"].(string))
+	}
+	x := strings.Repeat("x", longestLine)
+	want := []string{"one and two", "three", x, x, x[:9000-2*longestLine], "last"}
+	if !slices.Equal(said, want) {
+		t.Errorf("%q", said)
+	}
+	o := outputLog{log: zap.New(core)}
+	for range 2 * outputLogged / 1000 {
+		fmt.Fprintln(&o, strings.Repeat("y", 1000))
+	}
+	if n := logs.FilterMessage("hook says more than is logged").Len(); n != 1 || logs.FilterMessage("hook says").Len() > outputLogged/1000+100 {
+		t.Errorf("%d warnings, %d lines", n, logs.Len())
+	}
 }

@@ -71,7 +71,9 @@ func (h *handler) abort(w http.ResponseWriter, r *http.Request) {
 }
 
 func (h *handler) resume(w http.ResponseWriter, r *http.Request) {
-	h.steer(w, r, func(ctx context.Context, req SteerRequest) error { return h.Table.Resume(ctx, req.Role, req.Who, req.Reason) })
+	h.steer(w, r, func(ctx context.Context, req SteerRequest) error {
+		return h.Table.Resume(ctx, req.Role, req.Who, req.Reason)
+	})
 }
 
 func (h *handler) steer(w http.ResponseWriter, r *http.Request, do func(context.Context, SteerRequest) error) {
@@ -121,7 +123,9 @@ func (h *handler) fence(w http.ResponseWriter, r *http.Request) {
 		fail(w, errorf(CodeBadRequest, "to fence a frontend needs frontend and confirmed_down: only who has seen that it is down can say so"))
 		return
 	}
-	answer(w, r, func(ctx context.Context) (any, error) { return struct{}{}, h.Table.FenceFrontend(ctx, req.Frontend, req.Who, req.Reason) })
+	answer(w, r, func(ctx context.Context) (any, error) {
+		return struct{}{}, h.Table.FenceFrontend(ctx, req.Frontend, req.Who, req.Reason)
+	})
 }
 
 // answer replies with what do returns, within ioTimeout.
