@@ -213,9 +213,9 @@ func (o *outages) mustBeTurnedAway(t testing.TB, waits chan waited) {
 		}
 	}
 	for _, p := range o.frontends {
-		if len(p.lines("login refused", "waiting for role ma01", "role is on hold")) == 0 {
-			t.Errorf("%s does not say why it refused a login", p.name)
-		}
+		within(t, 5*time.Second, p.name+" says why it refused a login", func() bool {
+			return len(p.lines("login refused", "waiting for role ma01", "role is on hold")) > 0
+		})
 	}
 }
 
