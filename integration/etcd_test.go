@@ -58,17 +58,23 @@ func startEtcd(t *testing.T, scheme string) *etcdCluster {
 	return e
 }
 
+// start starts the members that do not run.
 func (e *etcdCluster) start(t testing.TB) {
 	t.Helper()
 	for i, argv := range e.argv {
-		e.members[i] = startDaemon(t, argv[2], e.dir, argv...)
+		if m := e.members[i]; m == nil || !m.running() {
+			e.members[i] = startDaemon(t, argv[2], e.dir, argv...)
+		}
 	}
 }
 
 // stop kills all members, as a power failure does.
-func (e *etcdCluster) stop(t testing.TB) {
+func (e *etcdCluster) stop(t testing.TB) { e.lose(t, len(e.members)) }
+
+// lose kills some members; two are the quorum.
+func (e *etcdCluster) lose(t testing.TB, n int) {
 	t.Helper()
-	for _, m := range e.members {
+	for _, m := range e.members[:n] {
 		if m.running() {
 			m.kill()
 		}

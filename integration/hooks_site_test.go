@@ -37,13 +37,28 @@ func (e hookEnd) String() string {
 // in the environment. As long as the file `down` exists, its host is not reached.
 const playsSSH = `#!/bin/sh
 [ ! -e $DIR/down ] || exit 255
-SSH_ORIGINAL_COMMAND=$2 exec $SCRIPT -c $DIR/remote.conf --remote
+patient=
+case $2 in "promote "*) patient=$DIR/patient ;; esac
+SSH_ORIGINAL_COMMAND=$2 exec $patient $SCRIPT -c $DIR/remote.conf --remote
+`
+
+// patient hangs in the way of a hook, or of a promotion's part on another host: the
+// file hang.STEP (hang.remote) makes the next call hang before it has done anything,
+// as long as it exists as hangs.STEP then. What it does after that is in said.STEP.
+const patient = `#!/bin/sh
+for step; do :; done
+step=${step#--}
+mv $DIR/hang.$step $DIR/hangs.$step 2>/dev/null || exec "$@"
+while [ -e $DIR/hangs.$step ]; do sleep 0.02; done
+"$@" >$DIR/saying.$step 2>&1
+echo "exit status $?" >>$DIR/saying.$step
+mv $DIR/saying.$step $DIR/said.$step
 `
 
 // playsSystemd starts an instance as its unit does. As long as the file `slow`
-// exists, it takes its time.
+// exists, it takes its time; with `slow.master` only the start of a master does.
 const playsSystemd = `#!/bin/sh
-while [ -e $DIR/slow ]; do sleep 0.02; done
+while [ -e $DIR/slow ] || { [ -e $DIR/slow.master ] && grep -q master $DIR/state-$2/$1.ticket; }; do sleep 0.02; done
 setsid $SYSLOG $SCRIPT -c $DIR/$2.conf run "$1" </dev/null >>$DIR/starts 2>&1 &
 `
 
@@ -99,7 +114,7 @@ func newHookSite(t testing.TB, script, adir, bdir, extra string) *hookSite {
 	s := &hookSite{script: filepath.Join(lab.repo, "deploy", script), dir: dir, config: filepath.Join(dir, "local.conf"),
 		table: filepath.Join(dir, "table")}
 	expand := strings.NewReplacer("$DIR", dir, "$SCRIPT", s.script, "$SYSLOG", shellWords(lab.syslog.command()))
-	for name, content := range map[string]string{"ssh": playsSSH, "systemctl": playsSystemd} {
+	for name, content := range map[string]string{"ssh": playsSSH, "systemctl": playsSystemd, "patient": patient} {
 		must(t, os.WriteFile(filepath.Join(dir, name), []byte(expand.Replace(content)), 0o755))
 	}
 	const common = "ssh=$DIR/ssh\nask=cat $DIR/table\nstate=$DIR/state-$HERE\nlimit=6\nstart=$DIR/systemctl % $HERE\n" +

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -37,16 +38,24 @@ type sessionView struct {
 
 func (p *posthouse) role(t testing.TB) roleView {
 	t.Helper()
-	var roles []roleView
+	return p.rolesNamed(t, "ma01")[0]
+}
+
+// rolesNamed are some of the roles, as they were at one moment.
+func (p *posthouse) rolesNamed(t testing.TB, names ...string) []roleView {
+	t.Helper()
+	var roles, found []roleView
 	p.ask(t, &roles, "roles")
-	for _, r := range roles {
-		if r.Role == "ma01" {
-			r.Residues = append(r.Residues, r.Unhanded...)
-			return r
+	for _, name := range names {
+		i := slices.IndexFunc(roles, func(r roleView) bool { return r.Role == name })
+		if i < 0 {
+			t.Fatalf("posthouse roles knows no %s: %+v", name, roles)
 		}
+		r := roles[i]
+		r.Residues = append(r.Residues, r.Unhanded...)
+		found = append(found, r)
 	}
-	t.Fatalf("posthouse roles knows no ma01: %+v", roles)
-	return roleView{}
+	return found
 }
 
 func (p *posthouse) sessions(t testing.TB) []sessionView {

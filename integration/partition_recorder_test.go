@@ -31,6 +31,7 @@ type recorder struct {
 	shut    map[string]bool     // roles
 	asked   map[string]hookCall // role → the newest hook that was obeyed
 	knocks  []string            // callers' addresses, who came while their role was shut
+	dwell   chan struct{}       // nobody leaves by LOGOUT before it is closed; nil: at once
 }
 
 // recorded is one session, from its login to its end, or one delivery: from and to
@@ -134,8 +135,23 @@ func (r *recorder) isShutLocked(c *caller, user string) bool {
 
 func (r *recorder) leave(c *caller) {
 	r.mu.Lock()
+	dwell := r.dwell
+	r.mu.Unlock()
+	if dwell != nil {
+		<-dwell
+	}
+	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.leaveLocked(c, time.Now())
+}
+
+// detain keeps whoever is or comes in from leaving in good order.
+func (r *recorder) detain() (release func()) {
+	dwell := make(chan struct{})
+	r.mu.Lock()
+	r.dwell = dwell
+	r.mu.Unlock()
+	return sync.OnceFunc(func() { close(dwell) })
 }
 
 func (r *recorder) leaveLocked(c *caller, at time.Time) {

@@ -151,6 +151,9 @@ func (t *Table) drive(ctx context.Context) {
 		driving, stop := context.WithCancel(ctx)
 		stopWithOffice := context.AfterFunc(office, stop)
 		newDriver(t).run(driving)
+		if ctx.Err() == nil {
+			t.log.Warn("this frontend does not drive switches any more: the store has not renewed its office")
+		}
 		stopWithOffice()
 		stop()
 		resign()

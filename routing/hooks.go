@@ -83,6 +83,8 @@ func (d *driver) runHook(ctx context.Context, s *State, hook Hook, row Row, mine
 		select {
 		case d.ended <- hookEnd{mine.number, run, err}:
 		case <-ctx.Done():
+			d.t.log.Warn("hook ended with its driver's office: who drives the switch next runs it again", zap.String("hook", string(hook)),
+				zap.Uint64("switch", mine.number), zap.String("output", run.Output), zap.Error(err))
 		}
 	})
 }
