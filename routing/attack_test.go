@@ -226,7 +226,7 @@ func TestRejoinAsksTheStoreFirst(t *testing.T) {
 		f.stop()
 		s := emptyState()
 		s.Roles["r"] = Row{Members: []string{"a", "b"}, Active: "b", Phase: PhaseOpen, Stale: map[string]Stale{"b": {Number: 1}}}
-		if _, err := (rules{}).rejoining(s, "r", "b", "f.1"); !errors.Is(err, ErrConflict) {
+		if _, err := (rules{}).rejoining(s, "r", "b", "f.1", ScopeRole); !errors.Is(err, ErrConflict) {
 			t.Errorf("the active rejoins: %v", err)
 		}
 	})

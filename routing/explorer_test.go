@@ -400,7 +400,7 @@ func (e *explorer) apply(s *State, op storeOp) error {
 	case "abandon":
 		return e.r.abandon(s, "r", "", now)
 	case "rejoin":
-		if _, err := e.r.rejoining(s, "r", other(row.Active), ""); err != nil {
+		if _, err := e.r.rejoining(s, "r", other(row.Active), "", ScopeRole); err != nil {
 			return err
 		}
 		return e.r.rejoined(s, "r", other(row.Active), row.Active, s.Roles["r"].Stale[other(row.Active)], true)

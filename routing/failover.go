@@ -143,7 +143,7 @@ func (t *Table) Rejoin(ctx context.Context, req RejoinRequest) (Rejoined, error)
 	var roles []string
 	by := t.ID()
 	s, err := t.opt.Store.Update(ctx, func(s *State) (err error) {
-		row, err := t.rules.rejoining(s, req.Role, req.Member, by)
+		row, err := t.rules.rejoining(s, req.Role, req.Member, by, config.Scope)
 		if err != nil {
 			return err
 		}
@@ -154,7 +154,7 @@ func (t *Table) Rejoin(ctx context.Context, req RejoinRequest) (Rejoined, error)
 			return err
 		}
 		return each(roles[1:], func(other string) error {
-			_, err := t.rules.rejoining(s, other, req.Member, by)
+			_, err := t.rules.rejoining(s, other, req.Member, by, config.Scope)
 			return err
 		})
 	})
@@ -217,7 +217,7 @@ func (r rules) leftBehind(s *State, role, member string, config RoleConfig) ([]s
 
 // rejoining counts a rejoin that is about to begin, by frontend by, and returns
 // the row.
-func (r rules) rejoining(s *State, role, member, by string) (Row, error) {
+func (r rules) rejoining(s *State, role, member, by string, scope Scope) (Row, error) {
 	row, err := s.row(role)
 	if err != nil {
 		return Row{}, err
@@ -235,7 +235,7 @@ func (r rules) rejoining(s *State, role, member, by string) (Row, error) {
 		return Row{}, fmt.Errorf("%w: role %s: frontend %s is at it already", ErrConflict, role, stale.RejoinBy)
 	}
 	stale.Attempt++
-	stale.RejoinBy = by
+	stale.RejoinBy, stale.RejoinScope = by, scope
 	row.Stale = maps.Clone(row.Stale)
 	row.Stale[member] = stale
 	s.Roles[role] = row
@@ -254,7 +254,7 @@ func (r rules) rejoined(s *State, role, member, from string, mark Stale, isCopy 
 		return fmt.Errorf("%w: role %s has moved on meanwhile", ErrConflict, role)
 	}
 	row.Stale = maps.Clone(row.Stale)
-	stale.RejoinBy = ""
+	stale.RejoinBy, stale.RejoinScope = "", ""
 	row.Stale[member] = stale
 	if isCopy {
 		delete(row.Stale, member)

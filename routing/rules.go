@@ -168,7 +168,8 @@ var holdGuards = []guard{
 // noRejoin: whoever is being overwritten must not serve.
 var noRejoin = guard{"nothing rejoins at the new active", func(c change) string {
 	for _, other := range sortedKeys(c.s.Roles) {
-		if stale, ok := c.s.Roles[other].Stale[c.to]; ok && stale.RejoinBy != "" {
+		stale := c.s.Roles[other].Stale[c.to]
+		if stale.RejoinBy != "" && (other == c.role || stale.RejoinScope != ScopeRole) {
 			if _, lives := c.s.Frontends[stale.RejoinBy]; lives {
 				return fmt.Sprintf("frontend %s makes %s a copy of the active of role %s at the moment: wait for its end, or stop it", stale.RejoinBy, c.to, other)
 			}

@@ -55,6 +55,14 @@ func refusals(t *testing.T, r rules) []refusal {
 		row.Stale, row.Doubt = map[string]Stale{"b": {Number: 1}}, &Doubt{Known: 4}
 		s.Roles["r"] = row
 	}
+	rejoins := func(scope Scope) func(*State) {
+		return func(s *State) {
+			s.Roles["q"] = Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: PhaseOpen, Stale: map[string]Stale{"b": {Number: 1}}}
+			if _, err := (rules{}).rejoining(s, "q", "b", "f.1", scope); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 	asks := func(s *State) {
 		if err := (rules{}).request(s, []string{"r"}, order{to: "b"}, false, now); err != nil {
 			t.Fatal(err)
@@ -104,6 +112,8 @@ func refusals(t *testing.T, r rules) []refusal {
 			return r.initRole(s, "new", order{to: "a"}, []string{"a"}, 0, now)
 		}, "may restart what both use"},
 		{"init: no member", nil, func(s *State) error { return r.initRole(s, "new", order{to: "z", who: ""}, []string{"a"}, 0, now) }, "not one of a"},
+		{"hold: where another role rejoins", rejoins(ScopeBackend), hold("r", "b", false), "frontend f.1 makes b a copy of the active of role q"},
+		{"hold: where another role rejoins by itself", rejoins(ScopeRole), hold("r", "b", false), ""},
 		{"take up: ended", nil, func(s *State) error { return r.takeUp(s, "r", 1, "d") }, "has ended"},
 		{"hold: another is asked for", asks, hold("r", "b", false), "is being prepared"},
 		{"failover: no proof", nil, failover("b", order{}), "--accept-loss"},

@@ -90,8 +90,9 @@ type Stale struct {
 	// Attempt counts the rejoins that were begun.
 	Attempt int `json:"attempt,omitempty"`
 	// RejoinBy is the frontend whose rejoin hook is at work there; empty if none
-	// is.
-	RejoinBy string `json:"rejoin_by,omitempty"`
+	// is. RejoinScope is what it touches.
+	RejoinBy    string `json:"rejoin_by,omitempty"`
+	RejoinScope Scope  `json:"rejoin_scope,omitempty"`
 }
 
 // Seen is a set of users.
