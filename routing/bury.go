@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"go.uber.org/zap"
@@ -15,10 +16,11 @@ const (
 	askSeldom = 5 * time.Second // otherwise
 )
 
-// buryOthers ends the registrations of frontends that are proven to have ended,
+// buryGone ends the registrations of frontends that are proven to have ended,
 // until ctx ends. Every frontend does it, not the driver alone: only who is on
-// the same machine may have the proof.
-func (t *Table) buryOthers(ctx context.Context) {
+// the same machine may have the proof. Who sees that it was itself said to have
+// ended buries itself: its sessions drain, and it registers anew.
+func (t *Table) buryGone(ctx context.Context) {
 	last := time.Now()
 	for ctx.Err() == nil {
 		changed := t.Changed()
@@ -33,39 +35,56 @@ func (t *Table) buryOthers(ctx context.Context) {
 		case <-timer.C:
 		}
 		last = time.Now()
-		if err := t.buryGone(ctx); err != nil && ctx.Err() == nil {
+		s, err := t.bury(ctx, t.Snapshot())
+		if err != nil && ctx.Err() == nil {
 			t.log.Error("looking for frontends that have ended; trying again", zap.Error(err))
+		}
+		if s != nil {
+			t.install(s, false)
 		}
 	}
 }
 
-func (t *Table) buryGone(ctx context.Context) error {
-	own := t.ID()
-	var others []string
-	for _, id := range sortedKeys(t.Snapshot().Frontends) {
-		if id != own {
-			others = append(others, id)
-		}
+// bury ends the registrations of those in known that have ended. It returns the
+// table without them; nil if there was none.
+func (t *Table) bury(ctx context.Context, known *State) (*State, error) {
+	if len(known.Frontends) == 0 {
+		return nil, nil
 	}
-	if len(others) == 0 {
-		return nil
-	}
-	gone, err := t.opt.Store.Gone(ctx, others)
+	gone, err := t.opt.Store.Gone(ctx, sortedKeys(known.Frontends))
 	if err != nil {
-		return fmt.Errorf("asking which frontends have ended: %w", err)
+		return nil, fmt.Errorf("asking which frontends have ended: %w", err)
 	}
-	for _, id := range gone {
-		s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.bury(s, id, time.Now()) })
-		switch {
-		case errors.Is(err, errNothing): // another was faster
-		case err != nil:
-			return fmt.Errorf("burying frontend %s: %w", id, err)
-		default:
-			t.install(s, false)
-			t.emit(Event{Kind: EventBuried, Frontend: id})
+	if len(gone) == 0 {
+		return nil, nil
+	}
+	var buried []string
+	now := time.Now()
+	s, err := t.opt.Store.Update(ctx, func(s *State) error {
+		buried = nil
+		for _, id := range gone {
+			switch err := t.rules.bury(s, id, now); {
+			case err == nil:
+				buried = append(buried, id)
+			case !errors.Is(err, errNothing): // another was faster
+				return err
+			}
 		}
+		if len(buried) == 0 {
+			return errNothing
+		}
+		return nil
+	})
+	if errors.Is(err, errNothing) {
+		return nil, nil
 	}
-	return nil
+	if err != nil {
+		return nil, fmt.Errorf("burying frontends %s: %w", strings.Join(gone, ", "), err)
+	}
+	for _, id := range buried {
+		t.emit(Event{Kind: EventBuried, Frontend: id})
+	}
+	return s, nil
 }
 
 func (t *Table) askEvery() time.Duration {

@@ -1,7 +1,10 @@
 package routing
 
 import (
+	"context"
 	"errors"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -61,5 +64,67 @@ func TestSafety10ClockIsReadBeforeAdmitting(t *testing.T) {
 		}
 		stay.Leave(End{Proven: true})
 		f.stop()
+	})
+}
+
+// declaredStore is the store of a frontend of which others were told that it has
+// ended.
+type declaredStore struct {
+	*memStore
+	ended string
+}
+
+func (s declaredStore) Gone(ctx context.Context, ids []string) ([]string, error) {
+	gone, err := s.memStore.Gone(ctx, ids)
+	if slices.Contains(ids, s.ended) {
+		gone = append(gone, s.ended)
+	}
+	return gone, err
+}
+
+// Somebody was told that a frontend has ended, and has not buried it. Nobody else
+// is there to do so: it does it itself, ends its sessions and goes on under
+// another ID. What it had inside is waited for.
+func TestSafety10DeclaredEndedButNotBuried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		opt := h.opt
+		opt.ID, opt.Directory, opt.Local = NewID("f"), h.dir, h.local
+		store := declaredStore{h.site.open(), opt.ID}
+		opt.Store = store
+		table, err := Start(t.Context(), opt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := &process{h, table, store.memStore}
+		stay := f.enter("alice")
+		time.Sleep(time.Minute)
+		if registered := sortedKeys(h.site.get().Frontends); f.ID() == opt.ID || !slices.Equal(registered, []string{f.ID()}) {
+			t.Errorf("%s goes on as %s; registered: %v", opt.ID, f.ID(), registered)
+		}
+		if err := stay.Check(); !errors.Is(err, ErrRevoked) {
+			t.Errorf("its session: %v", err)
+		}
+		f.mustFail(toB, "may still run on a")
+		stay.Leave(proven)
+		f.enter("bob").Leave(proven)
+		f.stop()
+	})
+}
+
+// A start that is refused has written down who has ended all the same: they were
+// told to have, and nobody else may come by.
+func TestRefusedStartBuries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.start("f").kill()
+		h.opt.Backends["a"] = map[string]string{"imap": "10.0.0.99:143"}
+		if _, err := h.tryStart("g"); err == nil || !strings.Contains(err.Error(), "new backend name") {
+			t.Fatalf("a start with another address of a: %v", err)
+		}
+		s := h.site.get()
+		if len(s.Frontends) != 0 || len(s.Roles["ma01"].Residues) != 1 {
+			t.Errorf("registered: %v; residues: %v", s.Frontends, s.Roles["ma01"].Residues)
+		}
 	})
 }

@@ -85,7 +85,7 @@ func startWithout(opt Options, guard string) (*Table, error) {
 	t.view.Store(newView(state, doubts))
 	var run context.Context
 	run, t.stop = context.WithCancel(context.Background())
-	for _, what := range []func(context.Context){t.follow, t.keep, t.drive, t.announce, t.heedDeadline, t.answerRequests, t.buryOthers} {
+	for _, what := range []func(context.Context){t.follow, t.keep, t.drive, t.announce, t.heedDeadline, t.answerRequests, t.buryGone} {
 		t.running.Go(func() { what(run) })
 	}
 	t.wakeKeeper()

@@ -329,7 +329,7 @@ func (st *simStore) Gone(ctx context.Context, ids []string) (gone []string, err 
 		defer st.mu.Unlock()
 		for _, id := range ids {
 			l := st.lives[id]
-			if l == nil || time.Now().Before(l.expires) {
+			if l == nil || time.Now().Before(l.expires) || l.store == st && !l.isBuried {
 				continue
 			}
 			if st.s.leased {

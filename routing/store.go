@@ -32,7 +32,8 @@ type Store interface {
 	Watch(ctx context.Context) <-chan *State
 
 	// Gone returns those of ids that are proven to have ended. A frontend that
-	// merely does not answer is not gone.
+	// merely does not answer is not gone. One that joined through this Store is
+	// if others were told so, which cannot be taken back.
 	Gone(ctx context.Context, ids []string) ([]string, error)
 
 	// Alive returns those of ids that show life now. The others may merely be

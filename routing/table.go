@@ -144,7 +144,7 @@ func Start(ctx context.Context, opt Options) (*Table, error) {
 	t.running.Go(func() { t.announce(run) })
 	t.running.Go(func() { t.heedDeadline(run) })
 	t.running.Go(func() { t.answerRequests(run) })
-	t.running.Go(func() { t.buryOthers(run) })
+	t.running.Go(func() { t.buryGone(run) })
 	t.wakeKeeper()
 	return t, nil
 }
@@ -207,19 +207,15 @@ func (t *Table) enrol(ctx context.Context, id string, kept *State, inside map[st
 	if err != nil {
 		return nil, fmt.Errorf("reading the role table: %w", err)
 	}
-	gone, err := t.opt.Store.Gone(ctx, sortedKeys(before.Frontends))
-	if err != nil {
-		return nil, fmt.Errorf("asking which frontends have ended: %w", err)
+	// In the table before anything refuses this start: what the store has said of
+	// them may be what makes them register anew.
+	if _, err := t.bury(ctx, before); err != nil {
+		return nil, err
 	}
 	now, boot := time.Now(), bootID()
 	fresh, err := t.opt.Store.Update(ctx, func(s *State) error {
 		if _, is := s.Frontends[id]; is {
 			return errNothing // by an earlier try whose answer got lost: nobody else joins as id
-		}
-		for _, other := range gone {
-			if err := t.rules.bury(s, other, now); err != nil && !errors.Is(err, errNothing) {
-				return err
-			}
 		}
 		t.rules.seed(s, t.site.roles, func(role string) bool {
 			return kept != nil && slices.Contains(sortedKeys(kept.Roles), role)
@@ -235,9 +231,6 @@ func (t *Table) enrol(ctx context.Context, id string, kept *State, inside map[st
 	}
 	if err != nil {
 		return nil, fmt.Errorf("registering frontend %s: %w", id, err)
-	}
-	for _, other := range gone {
-		t.emit(Event{Kind: EventBuried, Frontend: other})
 	}
 	return fresh, nil
 }

@@ -31,7 +31,8 @@ func (s *Store) Alive(ctx context.Context, ids []string) ([]string, error) {
 // machine, its flock can be had and its lease has run out. If Options.Leased,
 // also if it joined and its lease has run out, wherever it ran; its ID cannot
 // come back to life then. (After a change of leader etcd counts leases from
-// the start: that errs on the safe side.)
+// the start: that errs on the safe side.) Of an ID that joined through s only
+// others can say so.
 func (s *Store) Gone(ctx context.Context, ids []string) ([]string, error) {
 	ctx, cancel := s.bounded(ctx)
 	defer cancel()
@@ -40,7 +41,7 @@ func (s *Store) Gone(ctx context.Context, ids []string) ([]string, error) {
 		return nil, err
 	}
 	silent := slices.DeleteFunc(slices.Clone(ids), func(id string) bool {
-		return statedir.CheckID(id) != nil || slices.Contains(alive, id)
+		return statedir.CheckID(id) != nil || slices.Contains(alive, id) || s.isOwn(id)
 	})
 	ended, err := s.probe(ctx, silent)
 	if err != nil {
@@ -59,6 +60,13 @@ func (s *Store) Gone(ctx context.Context, ids []string) ([]string, error) {
 		}
 	}
 	return found, nil
+}
+
+// isOwn says whether id joined through s and, as far as s knows, lives.
+func (s *Store) isOwn(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.live.ids[id] != nil
 }
 
 // probe returns those of ids whose flock on this machine can be had.

@@ -1,6 +1,7 @@
 package etcdstore
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -148,6 +149,49 @@ func TestSafety8Silence(t *testing.T) {
 			}
 		})
 	}
+}
+
+// nobody is a directory without users.
+type nobody struct{}
+
+func (nobody) Lookup(context.Context, string) (routing.Entry, error) {
+	return routing.Entry{}, routing.ErrUnknownUser
+}
+
+// A frontend is silent for longer than its lease. Another one that starts is told
+// that it has ended, and fails to start. The first goes on under another ID.
+func TestSafety8DeclaredByARefusedStart(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	opt := Options{Endpoints: c.urls(), Lease: short, Leased: true}
+	a, b := openStore(t, t.TempDir(), opt), openStore(t, t.TempDir(), opt)
+	start := func(id string, s *Store, address string) (*routing.Table, error) {
+		return routing.Start(within(t, patient), routing.Options{ID: id, Store: s, Directory: nobody{}, Local: s.opt.Dir,
+			Backends: map[string]map[string]string{"a": {"imap": address}},
+			Roles:    map[string]routing.RoleConfig{"ma01": {Members: []string{"a"}, Active: "a"}}})
+	}
+	table, err := start("f-a", a, "192.0.2.1:143")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.Close(t.Context())
+	resume := stall(a)
+	eventually(t, "the lease ran out", func() bool {
+		alive, err := b.Alive(within(t, patient), []string{"f-a"})
+		return err == nil && len(alive) == 0
+	})
+	// It asks too, and is not the one to say so of itself.
+	if gone, err := a.Gone(within(t, patient), []string{"f-a"}); err != nil || len(gone) > 0 {
+		t.Errorf("by its own word it has ended: %v, %v", gone, err)
+	}
+	if _, err := start("f-b", b, "192.0.2.99:143"); err == nil {
+		t.Fatal("started with another address of a")
+	}
+	resume()
+	eventually(t, "it is registered again, with time left", func() bool {
+		_, is := table.Snapshot().Frontends[table.ID()]
+		return is && table.ID() != "f-a" && time.Now().Before(a.Deadline())
+	})
 }
 
 // A process was killed: the kernel gave its flock back, and its lease runs on
