@@ -394,7 +394,8 @@ part_of_this_start() {
 }
 
 # is_active asks the role table whether this backend serves all its roles,
-# openly and beyond doubt.
+# openly and beyond doubt. The word of a frontend that lets nobody in does not
+# count: it may be cut off, and what it knows be old.
 is_active() {
 	roles=$(setting "$name.roles")
 	[ -n "$roles" ] || return 1
@@ -404,7 +405,7 @@ is_active() {
 	set +f
 	for role in $roles; do
 		printf '%s\n' "$table" | jq -e --arg role "$role" --arg me "$name" \
-			'[.[] | select(.role == $role)] | length == 1 and all(.active == $me and .phase == "open" and (.in_doubt | not))' \
+			'[.[] | select(.role == $role)] | length == 1 and all(.active == $me and .phase == "open" and (.in_doubt | not) and (.blocked // "") == "")' \
 			>/dev/null 2>&1 || return 1
 	done
 }

@@ -478,8 +478,10 @@ func cyrusHooksStart(t *testing.T) {
 	}
 	must(t, os.Remove(s.table))
 	again("replica")
-	writeFile(t, s.table, `[{"role":"ma01","active":"a","phase":"open","in_doubt":true}]`)
-	again("replica")
+	for _, says := range []string{`"in_doubt":true`, `"in_doubt":false,"blocked":"this frontend cannot renew its lease"`} {
+		writeFile(t, s.table, `[{"role":"ma01","active":"a","phase":"open",`+says+`}]`)
+		again("replica")
+	}
 	s.tableSays(t, "b", "open")
 	again("replica")
 	// What a hook once said holds for one start, a minute, and this boot.

@@ -67,6 +67,57 @@ func TestSafety10ClockIsReadBeforeAdmitting(t *testing.T) {
 	})
 }
 
+// Who serves nobody says so, to who asks for its health, its roles or a user, for
+// as long as that is so.
+func TestNotReadyWhileNobodyEnters(t *testing.T) {
+	for name, c := range map[string]struct{ lose, regain func(f *process) }{
+		"without a lease": {
+			func(f *process) { f.store.renew(-time.Second) },
+			func(f *process) { f.store.renew(time.Hour) },
+		},
+		"without a registration": {
+			func(f *process) {
+				f.host.site.fail(errors.New("etcd: no leader")) // it cannot register anew
+				s := f.host.site.get().Clone()
+				s.Revision++
+				delete(s.Frontends, f.ID())
+				f.host.site.replace(s)
+			},
+			func(f *process) { f.host.site.fail(nil) },
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				h := newHost(t)
+				h.lease = time.Hour
+				f := h.start("f")
+				check := func(serves bool) {
+					t.Helper()
+					synctest.Wait()
+					s, err := f.Enter(t.Context(), "alice", NoWait())
+					if (err == nil) != serves {
+						t.Fatalf("a login: %v", err)
+					}
+					if err == nil {
+						s.Leave(proven)
+					}
+					blocked, parks := f.Roles()[0].Blocked, f.Explain(t.Context(), "alice").Parks
+					if ready := f.Ready(); (ready == nil) != serves || (blocked == "") != serves || parks != blocked {
+						t.Errorf("a login gets %v, and it is ready: %v; blocked: %q; parks: %q", err, ready, blocked, parks)
+					}
+				}
+				check(true)
+				c.lose(f)
+				check(false)
+				c.regain(f)
+				time.Sleep(time.Minute)
+				check(true)
+				f.stop()
+			})
+		})
+	}
+}
+
 // declaredStore is the store of a frontend of which others were told that it has
 // ended.
 type declaredStore struct {

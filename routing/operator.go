@@ -290,7 +290,13 @@ func (t *Table) blocked(row Row, p presence) string {
 	if isUnknown(row) {
 		return "in doubt: " + row.Doubt.Why
 	}
-	return t.rules.admit(row, p)
+	if in := t.rules.admit(row, p); in != "" {
+		return in
+	}
+	if t.leaseLeft() <= 0 {
+		return leaseOver
+	}
+	return ""
 }
 
 // Explanation is every step of a lookup.

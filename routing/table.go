@@ -299,15 +299,24 @@ func (t *Table) pruneLocked(g *gate) {
 	})
 }
 
-// Ready says whether logins can be routed. A held role or one in doubt is no
-// error: the other roles work.
+// errUnregistered: nobody waits for this frontend's acks, so that it serves nobody.
+var errUnregistered = errors.New("this frontend is not registered in the role table")
+
+// Ready says whether this frontend can route logins. A held role or one in doubt
+// is no error: the other roles work.
 func (t *Table) Ready() error {
 	select {
 	case <-t.closing:
 		return ErrClosed
 	default:
-		return nil
 	}
+	if _, is := t.Snapshot().Frontends[t.ID()]; !is {
+		return errUnregistered
+	}
+	if t.leaseLeft() <= 0 {
+		return errors.New(leaseOver)
+	}
+	return nil
 }
 
 // Check compares the counters with the maps. Tests end with it.
