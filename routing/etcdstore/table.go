@@ -27,7 +27,8 @@ const (
 	// historyPart ended switches with consecutive numbers are in one part.
 	historyPart = 8
 
-	// partMax bounds a part: etcd takes 1.5 MiB in a request.
+	// partMax bounds a part: etcd takes 1.5 MiB in a request. What is longer is
+	// cut in halves; one role, or one record, must fit.
 	partMax = 1400 << 10
 
 	// writersKept is for how many commits the table tells who wrote them.
@@ -94,20 +95,54 @@ func split(s *routing.State) (hashes []string, raw map[string][]byte, err error)
 		parts, rest = append(parts, part{History: rest[:n]}), rest[n:]
 	}
 	raw = make(map[string][]byte, len(parts))
-	for _, p := range parts {
+	for len(parts) > 0 {
+		p := parts[0]
 		b, err := json.Marshal(p)
 		if err != nil {
 			return nil, nil, fmt.Errorf("role table: %w", err)
 		}
 		if len(b) > partMax {
-			return nil, nil, fmt.Errorf("role table: it does not fit into etcd: a part has %d bytes, at most %d can be written: %.80s…",
-				len(b), partMax, b)
+			halves := p.halves()
+			if halves == nil {
+				return nil, nil, fmt.Errorf("role table: it does not fit into etcd: a part has %d bytes, at most %d can be written: %.80s…",
+					len(b), partMax, b)
+			}
+			parts = append(halves, parts[1:]...)
+			continue
 		}
 		h := hashOf(b)
-		hashes = append(hashes, h)
+		hashes, parts = append(hashes, h), parts[1:]
 		raw[h] = b
 	}
 	return hashes, raw, nil
+}
+
+// halves cuts a part in two, in the order of its names or numbers; nil if it is
+// but one thing.
+func (p part) halves() []part {
+	switch n := len(p.History) / 2; {
+	case len(p.Roles) > 1:
+		one, other := halve(p.Roles)
+		return []part{{Roles: one}, {Roles: other}}
+	case len(p.Overrides) > 1:
+		one, other := halve(p.Overrides)
+		return []part{{Overrides: one}, {Overrides: other}}
+	case n > 0:
+		return []part{{History: p.History[:n]}, {History: p.History[n:]}}
+	}
+	return nil
+}
+
+func halve[V any](m map[string]V) (one, other map[string]V) {
+	one, other = make(map[string]V), make(map[string]V)
+	for i, name := range slices.Sorted(maps.Keys(m)) {
+		if i < len(m)/2 {
+			one[name] = m[name]
+		} else {
+			other[name] = m[name]
+		}
+	}
+	return one, other
 }
 
 // spread deals m out to n maps; those that stay empty are left out.

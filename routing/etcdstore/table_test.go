@@ -1,7 +1,9 @@
 package etcdstore
 
 import (
+	"encoding/json"
 	"fmt"
+	"hash/fnv"
 	"reflect"
 	"slices"
 	"strings"
@@ -138,6 +140,56 @@ func TestStagedChangesConflict(t *testing.T) {
 		update(t, last, bump)
 	}
 	noStrays(t, c, last)
+}
+
+// Three roles, overrides and records that belong into one part each are too long
+// for it, though one alone is not: all of them fit into etcd, and are read as they
+// were.
+func TestLongRows(t *testing.T) {
+	t.Parallel()
+	together := func(prefix string, parts uint32) (names []string) {
+		for i := 0; len(names) < 3; i++ {
+			h := fnv.New32a()
+			name := fmt.Sprint(prefix, i)
+			if h.Write([]byte(name)); h.Sum32()%parts == 0 {
+				names = append(names, name)
+			}
+		}
+		return names
+	}
+	const long = partMax / 2
+	s := &routing.State{Revision: 1, Roles: map[string]routing.Row{}, Frontends: map[string]routing.Frontend{}, Overrides: map[string]string{},
+		Backends: map[string]map[string]string{}, Settings: map[string]string{}}
+	for _, name := range together("ma", roleParts) {
+		s.Roles[name] = routing.Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: routing.PhaseOpen,
+			Seen: routing.Seen{Users: []string{strings.Repeat("u", long)}}}
+	}
+	for _, name := range together("alice", overrideParts) {
+		s.Overrides[name] = strings.Repeat("o", long)
+	}
+	for n := range uint64(3) {
+		s.History = append(s.History, routing.SwitchRecord{Switch: routing.Switch{Number: n, Why: strings.Repeat("w", long)}})
+	}
+	hashes, raws, err := split(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for h, raw := range raws {
+		if len(raw) > partMax {
+			t.Errorf("part %s has %d bytes", h, len(raw))
+		}
+	}
+	raw, err := json.Marshal(table{Format: format, Revision: 1, Parts: hashes})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := newView(raw, 1, nil, raws)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(v.state, s) {
+		t.Error("another table was read")
+	}
 }
 
 // What etcd would not take is said before it is asked.
