@@ -166,7 +166,7 @@ func (s *site) startTable(t testing.TB, settings map[string]string, pool *backen
 	if err != nil {
 		t.Fatal(err)
 	}
-	store, err := filestore.Open(dir)
+	store, err := filestore.Open(dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -211,7 +211,7 @@ func (i *instance) join(ctx context.Context, onEvent func(routing.Event)) (err e
 func (i *instance) openStore(ctx context.Context) (routing.Store, error) {
 	c := i.cfg.Store
 	if c.Type == config.StoreFile {
-		return filestore.Open(i.state)
+		return filestore.Open(i.state, i.log)
 	}
 	secure, err := storeTLS(c)
 	if err != nil {

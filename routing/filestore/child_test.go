@@ -45,7 +45,7 @@ func beChild(verb, path, name string) error {
 	if err != nil {
 		return err
 	}
-	s, err := Open(dir)
+	s, err := Open(dir, nil)
 	if err != nil {
 		return err
 	}

@@ -21,6 +21,8 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/posthouse/posthouse/routing"
 	"github.com/posthouse/posthouse/routing/statedir"
 )
@@ -38,6 +40,7 @@ var ErrClosed = errors.New("store is closed")
 // they are in one process or in two.
 type Store struct {
 	dir *statedir.Dir
+	log *zap.Logger
 
 	// closed ends when Close is called; stop ends it.
 	closed  context.Context
@@ -53,12 +56,15 @@ type Store struct {
 
 var _ routing.Store = (*Store)(nil)
 
-// Open returns the store in dir, which must stay open until Close.
-func Open(dir *statedir.Dir) (*Store, error) {
+// Open returns the store in dir, which must stay open until Close. log may be nil.
+func Open(dir *statedir.Dir, log *zap.Logger) (*Store, error) {
+	if log == nil {
+		log = zap.NewNop()
+	}
 	if err := os.Mkdir(filepath.Join(dir.Path(), frontends), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, err
 	}
-	s := &Store{dir: dir, held: map[*statedir.Lock]struct{}{}}
+	s := &Store{dir: dir, log: log, held: map[*statedir.Lock]struct{}{}}
 	s.closed, s.stop = context.WithCancel(context.Background())
 	return s, nil
 }

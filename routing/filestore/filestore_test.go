@@ -22,7 +22,7 @@ func openStore(t testing.TB, path string) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := Open(dir)
+	s, err := Open(dir, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,7 +10,12 @@ import (
 	"testing"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
 	"github.com/posthouse/posthouse/routing"
+	"github.com/posthouse/posthouse/routing/statedir"
 )
 
 func encoded(t testing.TB) []byte {
@@ -115,6 +120,53 @@ func TestDamagedTable(t *testing.T) {
 		t.Error(err)
 	}
 	await(t, w, 1)
+}
+
+// A watch that cannot read the table says so, once for each reason, and when it
+// can read it again.
+func TestUnreadableTableIsLogged(t *testing.T) {
+	path := t.TempDir()
+	s := openStore(t, path)
+	core, logs := observer.New(zapcore.InfoLevel)
+	s.log = zap.New(core)
+	if _, err := s.Update(t.Context(), count("r")); err != nil {
+		t.Fatal(err)
+	}
+	var seen table
+	good := seen.look(t.Context(), s)
+	if good == nil || good.Revision != 1 {
+		t.Fatalf("read %+v", good)
+	}
+	file := filepath.Join(path, tableName)
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ content, says string }{
+		{"", "cannot be trusted: damaged or cut off"},
+		{`{"format":99}`, "format 99"},
+		{string(raw), "can be read again"},
+		{"x", "cannot be trusted: damaged or cut off"},
+	} {
+		if err := os.WriteFile(file, []byte(c.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for range 3 {
+			if got := seen.look(t.Context(), s); got != good {
+				t.Errorf("%q made it %+v", c.content, got)
+			}
+		}
+		all := logs.TakeAll()
+		if len(all) != 1 || !strings.Contains(fmt.Sprint(all[0].Message, all[0].ContextMap()), c.says) {
+			t.Errorf("%q: the log has %v, want %q once", c.content, all, c.says)
+		}
+	}
+	for _, waited := range []string{"999ms", "1.001s"} {
+		seen.note(s.log, fmt.Errorf("%w: waited %s", statedir.ErrLocked, waited))
+	}
+	if logs.Len() != 1 {
+		t.Errorf("of a lock that is held the log has %v", logs.All())
+	}
 }
 
 func FuzzDecode(f *testing.F) {

@@ -3,12 +3,15 @@ package filestore
 import (
 	"bytes"
 	"context"
+	"errors"
 	"path/filepath"
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+	"go.uber.org/zap"
 
 	"github.com/posthouse/posthouse/routing"
+	"github.com/posthouse/posthouse/routing/statedir"
 )
 
 // pollEvery is how often a watch looks at the file although nobody reported a
@@ -74,24 +77,49 @@ type table struct {
 	read    bool // at least once
 	raw     []byte
 	offered *routing.State // not taken yet
+	trouble string         // why it could not be read, as the log has it
 }
 
 // look returns the State to offer: a new one, or the one that was not taken
-// yet, or nil. A table that cannot be read changes nothing.
+// yet, or nil. A table that cannot be read changes nothing, and is logged once.
 func (t *table) look(ctx context.Context, s *Store) *routing.State {
+	raw, state, err := t.news(ctx, s)
+	switch {
+	case ctx.Err() != nil:
+	case err != nil:
+		t.note(s.log, err)
+	case t.trouble != "":
+		t.trouble = ""
+		s.log.Info("the role table can be read again")
+	}
+	if state != nil {
+		t.read, t.raw, t.offered = true, raw, state
+	}
+	return t.offered
+}
+
+// news reads the file; state is nil if it is the one that was read last.
+func (t *table) news(ctx context.Context, s *Store) (raw []byte, state *routing.State, err error) {
 	// Not for ever: a new event may come while a stopped sibling has the lock.
 	ctx, cancel := context.WithTimeout(ctx, pollEvery)
 	defer cancel()
-	raw, err := s.read(ctx)
+	raw, err = s.read(ctx)
 	if err != nil || t.read && bytes.Equal(raw, t.raw) && (raw == nil) == (t.raw == nil) {
-		return t.offered
+		return nil, nil, err
 	}
-	state, err := decode(raw)
-	if err != nil {
-		return t.offered
+	state, err = decode(raw)
+	return raw, state, err
+}
+
+func (t *table) note(log *zap.Logger, err error) {
+	why := err.Error()
+	if errors.Is(err, statedir.ErrLocked) {
+		why = statedir.ErrLocked.Error() // without how long it was waited for
 	}
-	t.read, t.raw, t.offered = true, raw, state
-	return state
+	if why != t.trouble {
+		t.trouble = why
+		log.Error("the role table cannot be read: going by the last one; trying on", zap.Error(err))
+	}
 }
 
 // hints tell that something in a directory has changed: earlier than the poll

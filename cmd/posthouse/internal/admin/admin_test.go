@@ -64,7 +64,7 @@ func startWith(t testing.TB, dir string, budget time.Duration, hooks routing.Hoo
 	t.Helper()
 	state, err := statedir.Open(dir)
 	must(t, err)
-	store, err := filestore.Open(state)
+	store, err := filestore.Open(state, nil)
 	must(t, err)
 	table, err := routing.Start(t.Context(), routing.Options{
 		ID: routing.NewID("fe"), Store: store, Directory: everybody{}, Local: state, SwitchBudget: budget, Hooks: hooks,
