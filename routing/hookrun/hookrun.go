@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,6 +30,10 @@ const (
 	longestLine  = 4096
 	// killAfter is how long a hook has after SIGTERM.
 	killAfter = time.Second
+	// usersPrefix begins the names of the lists of users.
+	usersPrefix = "users-"
+	// listKept is how long a list stays whose driver was killed.
+	listKept = time.Hour
 )
 
 // Commands are a role's hooks: the program and its arguments, by hook.
@@ -38,7 +43,7 @@ type Commands map[routing.Hook][]string
 type Runner struct {
 	// Roles are the commands of each role.
 	Roles map[string]Commands
-	// Dir is where the lists of users lie while a hook runs.
+	// Dir is where the lists of users lie while a hook runs. Frontends may share it.
 	Dir string
 	// Log gets what hooks write, line by line. Default: none.
 	Log *zap.Logger
@@ -72,11 +77,16 @@ func (r *Runner) Run(ctx context.Context, call routing.HookCall) (output string,
 	if len(argv) == 0 {
 		return "", fmt.Errorf("this frontend has no %s hook for role %s in its configuration, and drives the switch", call.Hook, call.Roles[0])
 	}
-	users, err := r.list(call.Seen)
+	list, err := r.list(call.Seen)
 	if err != nil {
 		return "", err
 	}
-	defer os.Remove(users) // fails if there is none
+	users := ""
+	if list != nil {
+		users = list.Name()
+		defer list.Close()
+		defer os.Remove(users)
+	}
 	out := outputLog{log: r.Log}
 	if r.Log != nil {
 		out.log = r.Log.With(zap.String("hook", string(call.Hook)), zap.Uint64("switch", call.Number))
@@ -113,24 +123,48 @@ func (r *Runner) Run(ctx context.Context, call routing.HookCall) (output string,
 	return out.String(), err
 }
 
-// list writes a file of users; its path is empty if it would be all of them.
-func (r *Runner) list(seen routing.Seen) (path string, err error) {
+// list writes a file of users, which stays locked while it is open; nil if it would
+// be all of them.
+func (r *Runner) list(seen routing.Seen) (*os.File, error) {
 	if seen.All {
-		return "", nil
+		return nil, nil
 	}
-	f, err := os.CreateTemp(r.Dir, "users-*")
+	r.sweep()
+	f, err := os.CreateTemp(r.Dir, usersPrefix+"*")
 	if err != nil {
-		return "", fmt.Errorf("list of users for a hook: %w", err)
+		return nil, fmt.Errorf("list of users for a hook: %w", err)
 	}
 	var text strings.Builder
 	for _, user := range seen.Users {
 		text.WriteString(user + "\n")
 	}
 	_, err = f.WriteString(text.String())
-	if err = errors.Join(err, f.Close()); err != nil {
-		return "", errors.Join(fmt.Errorf("list of users for a hook: %w", err), os.Remove(f.Name()))
+	if err = errors.Join(err, syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)); err != nil {
+		return nil, errors.Join(fmt.Errorf("list of users for a hook: %w", err), f.Close(), os.Remove(f.Name()))
 	}
-	return f.Name(), nil
+	return f, nil
+}
+
+// sweep removes the lists that killed drivers have left behind. Another frontend's
+// list has its lock, or is about to; and a hook whose driver was killed may still
+// read its own for as long as a hook runs.
+func (r *Runner) sweep() {
+	left, _ := os.ReadDir(r.Dir) // what hinders this will hinder making a list
+	for _, entry := range left {
+		path := filepath.Join(r.Dir, entry.Name())
+		if !strings.HasPrefix(entry.Name(), usersPrefix) {
+			continue
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			continue // another was faster
+		}
+		info, err := f.Stat()
+		if err == nil && time.Since(info.ModTime()) > listKept && syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
+			_ = os.Remove(path)
+		}
+		_ = f.Close()
+	}
 }
 
 // endGroup ends a process group when ctx ends, and what is left of it once its

@@ -64,6 +64,42 @@ func TestHookGetsTheUsers(t *testing.T) {
 	}
 }
 
+// Drivers that were killed have left their lists behind. The next list that is
+// made takes them away; not one that is in use, by a sibling or by a hook that has
+// outlived its driver by a moment, nor what is no list.
+func TestListsOfKilledDriversGo(t *testing.T) {
+	r := shell(t, `ls "$(dirname "$POSTHOUSE_USERS")" | sed "s/^$(basename "$POSTHOUSE_USERS")$/its own/"`)
+	r.Dir = t.TempDir()
+	sibling := &Runner{Dir: r.Dir}
+	inUse, err := sibling.list(routing.Seen{Users: []string{"alice"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer inUse.Close()
+	for name, age := range map[string]time.Duration{"users-1": 2 * time.Hour, "users-2": 50 * time.Hour, "users-3": time.Minute,
+		"roles-last-used": 50 * time.Hour, filepath.Base(inUse.Name()): 50 * time.Hour} {
+		path := filepath.Join(r.Dir, name)
+		f, err := os.OpenFile(path, os.O_CREATE, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		if err := os.Chtimes(path, time.Time{}, time.Now().Add(-age)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	asked := call(routing.HookDemote)
+	asked.Seen = routing.Seen{Users: []string{"bob"}}
+	out, err := r.Run(t.Context(), asked)
+	left := strings.Fields(strings.ReplaceAll(out, "its own", ""))
+	slices.Sort(left)
+	want := []string{"roles-last-used", "users-3", filepath.Base(inUse.Name())}
+	slices.Sort(want)
+	if err != nil || !slices.Equal(left, want) || !strings.Contains(out, "its own") {
+		t.Errorf("beside its own list there are %v, want %v: %v", left, want, err)
+	}
+}
+
 func TestHowAHookEnds(t *testing.T) {
 	for _, c := range []struct {
 		script, output string
