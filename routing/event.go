@@ -101,7 +101,7 @@ func (t *Table) logEvent(e Event) {
 	case EventLost:
 		t.log.Error("this frontend's registration is gone: draining everything, then registering anew", fields...)
 	case EventDisagreement:
-		t.log.Error("role disagreement: the directory has another role than the user was last in; the old one stays until `posthouse move`", fields...)
+		t.log.Error("role disagreement: the directory has another role than the user was last in, which stays: correct the directory", fields...)
 	case EventBuried:
 		t.log.Warn("frontend ended without a goodbye: unknown work of its users may still run", fields...)
 	case EventStuck:

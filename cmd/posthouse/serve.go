@@ -16,6 +16,7 @@ import (
 
 	"github.com/posthouse/posthouse/cmd/posthouse/internal/admin"
 	"github.com/posthouse/posthouse/config"
+	"github.com/posthouse/posthouse/routing/directory"
 )
 
 // startTimeout bounds registering in the store.
@@ -202,14 +203,7 @@ func (i *instance) reload() {
 	for _, f := range i.verifiers {
 		fail("auth", f.Reload())
 	}
-	for _, d := range i.directories {
-		report, err := d.Reload()
-		fail("directory", err)
-		for _, m := range report.Moved {
-			i.log.Error("role disagreement: the map names another role, the old one serves until posthouse move",
-				zap.String("user", m.User), zap.String("from", m.From), zap.String("to", m.To))
-		}
-	}
+	fail("directory", directory.Reload(i.directories, i.state.Recall))
 	for name, c := range i.cfg.Backends {
 		if c.Login.PasswordFile == "" {
 			continue

@@ -1,13 +1,14 @@
 package directory
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -35,25 +36,9 @@ type File struct {
 
 var _ routing.Directory = (*File)(nil)
 
-// Report is what a Reload has changed.
-type Report struct {
-	Users   int // users in the file now
-	Aliases int
-	Added   int // users that were not in it before
-	Removed int // users that are no longer in it
-	// Moved are users that have another role than before, sorted; the first
-	// movedMax of MovedTotal. Each is a role disagreement until it is moved
-	// with posthouse move (safety 26).
-	Moved      []Moved
-	MovedTotal int
-}
-
-// Moved is a user whose role has changed.
-type Moved struct{ User, From, To string }
-
 const (
-	// movedMax bounds Report.Moved: enough to see what is going on.
-	movedMax = 100
+	// movedMax is how many users an error names that have another role.
+	movedMax = 5
 
 	// fileMax bounds the file: 10 million users take 0.4 GB.
 	fileMax = 2 << 30
@@ -86,18 +71,83 @@ func (f *File) Lookup(ctx context.Context, name string) (routing.Entry, error) {
 	return f.now.Load().lookup(name)
 }
 
-// Reload reads the file again. If anything is wrong with it nothing changes,
-// and the error names every bad line as NewFile's does.
-func (f *File) Reload() (Report, error) {
-	f.reloading.Lock()
-	defer f.reloading.Unlock()
-	next, err := f.load()
-	if err != nil {
-		return Report{}, err
+// Reload reads the files of a Chain again: all, or, if anything is wrong with one
+// of them, none. The error names every bad line as NewFile's does.
+//
+// A user who has another role than before is wrong, too: sessions may be in the
+// old one, here or at frontends that nobody has told yet, and this one would open
+// the other backend beside it (safety 26). last is the role in which a user was
+// last, "" if that is not known: of who was not in the files, or went back to it,
+// it decides.
+func Reload(files []*File, last func(user string) (role string, err error)) error {
+	old, next := make([]*users, len(files)), make([]*users, len(files))
+	var errs []error
+	for i, f := range files {
+		f.reloading.Lock()
+		defer f.reloading.Unlock()
+		var err error
+		next[i], err = f.load()
+		errs, old[i] = append(errs, err), f.now.Load()
 	}
-	report := compare(f.now.Load(), next)
-	f.now.Store(next)
-	return report, nil
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if err := refuseMoves(old, next, last); err != nil {
+		return err
+	}
+	for i, f := range files {
+		f.now.Store(next[i])
+	}
+	return nil
+}
+
+// refuseMoves names the users who would get another role.
+func refuseMoves(old, next []*users, last func(user string) (role string, err error)) error {
+	moved := make(map[string]string)
+	for _, file := range next {
+		for user := range file.role {
+			was, is := roleIn(old, user), roleIn(next, user)
+			if was == is {
+				continue
+			}
+			remembered, err := last(user)
+			if err != nil {
+				return fmt.Errorf("whether %s was in another role: %w", user, err)
+			}
+			if remembered != "" {
+				was = remembered
+			}
+			if was != "" && was != is {
+				moved[user] = fmt.Sprintf("%s (%s, was in %s)", user, is, was)
+			}
+		}
+	}
+	if len(moved) == 0 {
+		return nil
+	}
+	var text []string
+	for _, user := range slices.Sorted(maps.Keys(moved))[:min(movedMax, len(moved))] {
+		text = append(text, moved[user])
+	}
+	if more := len(moved) - len(text); more > 0 {
+		text = append(text, fmt.Sprintf("and %d more", more))
+	}
+	return fmt.Errorf("%d users have another role, and may be inside the old one still, which would put them on two backends: %s: "+
+		"take that back, or move them with all frontends stopped: see docs/configuration.md, \"Another role for a user\"",
+		len(moved), strings.Join(text, ", "))
+}
+
+// roleIn is the role that a Chain of files gives a user; "" if none does.
+func roleIn(chain []*users, user string) string {
+	for _, u := range chain {
+		if entry, err := u.lookup(user); err == nil {
+			if entry.User != user {
+				return "" // an alias: nobody gets there
+			}
+			return entry.Role
+		}
+	}
+	return ""
 }
 
 func (f *File) load() (*users, error) {
@@ -142,27 +192,4 @@ func readWhole(path string) (string, error) {
 		return "", fmt.Errorf("%s %w", path, errChanging)
 	}
 	return string(data), nil
-}
-
-// compare says what is different in next.
-func compare(old, next *users) Report {
-	r := Report{Users: len(next.role), Aliases: len(next.alias)}
-	for user, i := range next.role {
-		j, known := old.role[user]
-		from, to := "", next.roles[i]
-		if known {
-			from = old.roles[j]
-		}
-		switch {
-		case !known:
-			r.Added++
-		case from != to:
-			r.Moved = append(r.Moved, Moved{user, from, to})
-		}
-	}
-	r.Removed = len(old.role) - (len(next.role) - r.Added)
-	slices.SortFunc(r.Moved, func(a, b Moved) int { return cmp.Compare(a.User, b.User) })
-	r.MovedTotal = len(r.Moved)
-	r.Moved = slices.Clone(r.Moved[:min(movedMax, len(r.Moved))])
-	return r
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"reflect"
 	"runtime"
 	"strings"
 	"testing"
@@ -148,38 +147,84 @@ func TestFileAllErrors(t *testing.T) {
 	}
 }
 
-// A map edit is reported as what it is: a role disagreement of each user who
-// was somewhere else. A bad file changes nothing.
-func TestSafety26Reload(t *testing.T) {
-	f := newFile(t, "a: ma01\nb: ma01\nc: ma02\nx -> a\n")
-	put(t, f.Path(), "a: ma01\nb: ma03\nc: ma01\nd: ma01\ne: ma01\n")
-	report, err := f.Reload()
-	want := Report{Users: 5, Added: 2, MovedTotal: 2, Moved: []Moved{{"b", "ma01", "ma03"}, {"c", "ma02", "ma01"}}}
-	if err != nil || !reflect.DeepEqual(report, want) {
-		t.Errorf("Reload = %+v, %v; want %+v", report, err, want)
-	}
-	wantEntry(t, f, "b", "b", "ma03")
-	wantEntry(t, f, "x", "", "")
+// remembers is what a frontend knows of where users were last.
+func remembers(roles map[string]string) func(string) (string, error) {
+	return func(user string) (string, error) { return roles[user], nil }
+}
 
-	put(t, f.Path(), "a: ma09\nb\n")
-	if _, err := f.Reload(); err == nil {
-		t.Error("a bad file was taken")
+// A reload that gives a user another role changes nothing, at frontends that have
+// met the user and at those that have not: sessions may be anywhere. Who is new
+// may have any role; who comes back, the one in which they were last.
+func TestSafety26Reload(t *testing.T) {
+	const before = "a: ma01\nb: ma01\nc: ma02\nx -> a\n"
+	known := map[string]string{"a": "ma01", "gone": "ma01", "c": "ma03"}
+	for name, c := range map[string]struct{ after, refused string }{
+		"users come and go":        {"a: ma01\nd: ma02\ny -> d\n", ""},
+		"back to where it was":     {"a: ma01\nc: ma03\n", ""},
+		"an old user comes back":   {before + "gone: ma01\n", ""},
+		"moved, and known":         {"a: ma02\nb: ma01\nnew: ma01\n", "1 users have another role, and may be inside the old one still, which would put them on two backends: a (ma02, was in ma01):"},
+		"moved, and not known":     {"a: ma01\nb: ma02\n", "b (ma02, was in ma01)"},
+		"taken away, and back":     {before + "gone: ma02\n", "gone (ma02, was in ma01)"},
+		"both of two, one unknown": {"b: ma04\na: ma05\n", "2 users have another role, and may be inside the old one still, which would put them on two backends: a (ma05, was in ma01), b (ma04, was in ma01):"},
+		"a bad line":               {before + "d\n", "users.map:5: want"},
+		"an alias that was a user": {"a: ma01\nb -> a\n", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFile(t, before)
+			put(t, f.Path(), c.after)
+			err := Reload([]*File{f}, remembers(known))
+			if c.refused != "" {
+				if err == nil || !strings.Contains(err.Error(), c.refused) {
+					t.Errorf("Reload = %v, want %q", err, c.refused)
+				}
+				wantEntry(t, f, "b", "b", "ma01")
+				wantEntry(t, f, "x", "a", "ma01")
+				wantEntry(t, f, "new", "", "")
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantEntry(t, f, "a", "a", "ma01")
+			if !strings.Contains(c.after, "x ->") {
+				wantEntry(t, f, "x", "", "")
+			}
+		})
+	}
+	f := newFile(t, before)
+	put(t, f.Path(), before+"d: ma01\n")
+	broken := errors.New("disk")
+	if err := Reload([]*File{f}, func(string) (string, error) { return "", broken }); !errors.Is(err, broken) {
+		t.Errorf("could not tell: %v", err)
 	}
 	if err := os.Remove(f.Path()); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Reload(); err == nil {
-		t.Error("a missing file was taken")
+	if err := Reload([]*File{f}, remembers(nil)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a missing file: %v", err)
 	}
-	wantEntry(t, f, "a", "a", "ma01")
-
-	put(t, f.Path(), "e: ma01\n")
-	if report, err = f.Reload(); err != nil || report.Removed != 4 || report.Users != 1 {
-		t.Errorf("Reload = %+v, %v; want 4 removed", report, err)
-	}
+	wantEntry(t, f, "d", "", "")
 }
 
-func TestReloadBoundsMoved(t *testing.T) {
+// Several files are one directory: who goes from one to another stays where they
+// are, or the reload is refused, and none of the files is taken then.
+func TestSafety26ReloadOfAChain(t *testing.T) {
+	one, two := newFile(t, "a: ma01\n"), newFile(t, "a: ma02\nb: ma02\n")
+	put(t, one.Path(), "b: ma02\na: ma01\n")
+	put(t, two.Path(), "c: ma02\n")
+	if err := Reload([]*File{one, two}, remembers(nil)); err != nil {
+		t.Fatal(err)
+	}
+	put(t, one.Path(), "a: ma01\n")
+	put(t, two.Path(), "b: ma01\nc: ma02\nd: ma01\n")
+	if err := Reload([]*File{one, two}, remembers(nil)); err == nil || !strings.Contains(err.Error(), "b (ma01, was in ma02)") {
+		t.Errorf("from one file to the other, into another role: %v", err)
+	}
+	wantEntry(t, one, "b", "b", "ma02")
+	wantEntry(t, two, "d", "", "")
+}
+
+func TestReloadNamesAFewUsers(t *testing.T) {
 	file := func(role string) string {
 		var text strings.Builder
 		for i := range 1000 {
@@ -189,9 +234,9 @@ func TestReloadBoundsMoved(t *testing.T) {
 	}
 	f := newFile(t, file("ma01"))
 	put(t, f.Path(), file("ma02"))
-	report, err := f.Reload()
-	if err != nil || report.MovedTotal != 1000 || len(report.Moved) != movedMax || report.Moved[0].User != "user0000" {
-		t.Errorf("Reload = %d of %d, %v", len(report.Moved), report.MovedTotal, err)
+	err := Reload([]*File{f}, remembers(nil))
+	if err == nil || !strings.Contains(err.Error(), "user0004 (ma02, was in ma01), and 995 more:") || strings.Contains(err.Error(), "user0005") {
+		t.Errorf("Reload = %v", err)
 	}
 }
 
@@ -202,8 +247,8 @@ func TestLookupDuringReload(t *testing.T) {
 	go func() {
 		defer close(done)
 		for i := range 50 {
-			put(t, f.Path(), fmt.Sprintf("a: ma%02d\nx -> a\n", i%2))
-			if _, err := f.Reload(); err != nil {
+			put(t, f.Path(), "a: ma01\nx -> a\n"+[]string{"", "b: ma01\n"}[i%2])
+			if err := Reload([]*File{f}, remembers(nil)); err != nil {
 				t.Error(err)
 			}
 		}
@@ -251,7 +296,7 @@ func BenchmarkLoad457k(b *testing.B) {
 	f := newFile(b, text.String())
 	text.Reset()
 	for b.Loop() {
-		if _, err := f.Reload(); err != nil {
+		if err := Reload([]*File{f}, remembers(nil)); err != nil {
 			b.Fatal(err)
 		}
 	}
