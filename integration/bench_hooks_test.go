@@ -79,4 +79,6 @@ func TestBenchHooks(t *testing.T) {
 	for _, what := range []string{"by hand, idle", "switch with hooks, idle", "by hand, 500 messages", "switch with hooks, 500 messages"} {
 		t.Logf("%-33s %s", what, inShort(took[what]))
 	}
+	stdout, _, _ := frontends[0].cli(t, "switches")
+	t.Logf("the last ones:\n%s", tail(stdout, 1500))
 }
