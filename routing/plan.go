@@ -146,7 +146,7 @@ func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 		p.Seen = p.Seen.merge(row.Seen)
 	}
 	p.Steps = steps(t.opt.Roles[req.Role].Hooks, row.Active, req.To)
-	p.Caveats = SwitchRecord{Switch: Switch{To: req.To, Roles: p.Roles, Hooks: t.opt.Roles[req.Role].Hooks, Scope: t.opt.Roles[req.Role].Scope}, Role: req.Role, From: row.Active}.Caveats()
+	p.Caveats = SwitchRecord{Switch: Switch{To: req.To, Hooks: t.opt.Roles[req.Role].Hooks, Beside: s.beside(p.Roles)}, Role: req.Role, From: row.Active}.Caveats()
 	return p, nil
 }
 

@@ -135,6 +135,9 @@ type Switch struct {
 	AcceptStale bool `json:"accept_stale,omitempty"`
 	// Scope is what its hooks touch.
 	Scope Scope `json:"scope,omitempty"`
+	// Beside counts the other roles that the old active served when these were
+	// held.
+	Beside int `json:"beside,omitempty"`
 	// Driver is who has the switch in hand: a token, new for each term of office.
 	// Nobody else's step counts. Empty: nobody has taken it up yet.
 	Driver string `json:"driver,omitempty"`
@@ -207,21 +210,13 @@ func (rec SwitchRecord) Caveats() []string {
 	case !slices.Contains(rec.Hooks, HookCatchUp) && rec.From != "":
 		list = append(list, fmt.Sprintf("there is no catch_up: nobody looks whether %s has all mail that %s has", rec.To, rec.From))
 	}
-	if !touchesBackend(rec.Hooks, rec.Scope) && rec.From != "" {
-		list = append(list, fmt.Sprintf("other roles that %s serves stay there: what their users write into shared mailboxes of %s, they write on %s", rec.From, listed(rec.names()), rec.From))
+	if rec.Beside > 0 {
+		list = append(list, fmt.Sprintf("%s serves %d other roles on: what their users write into shared mailboxes of %s, they write there", rec.From, rec.Beside, rec.Role))
 	}
 	if rec.Failover {
 		list = append(list, fmt.Sprintf("%s is stale until `posthouse rejoin %s %s`", rec.From, rec.Role, rec.From))
 	}
 	return list
-}
-
-// names are the roles of the switch.
-func (rec SwitchRecord) names() []string {
-	if len(rec.Roles) == 0 {
-		return []string{rec.Role}
-	}
-	return rec.Roles
 }
 
 // Frontend is one registered posthouse process.

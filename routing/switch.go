@@ -137,6 +137,7 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 		s.Switches++
 		o.number = s.Switches
 	}
+	beside := s.beside(roles)
 	for _, role := range roles {
 		row, err := s.row(role)
 		if err != nil {
@@ -149,7 +150,7 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 		row.Epoch++
 		row.Phase = PhaseHold
 		sw := &Switch{Number: o.number, To: o.to, Who: o.who, Why: o.why, Started: now,
-			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Scope: o.scope, Driver: o.driver}
+			Roles: slices.Clone(roles), Hooks: slices.Clone(o.hooks), Scope: o.scope, Beside: beside, Driver: o.driver}
 		if o.driver != "" {
 			sw.Attempt = 1
 		}
@@ -165,6 +166,17 @@ func (r rules) hold(s *State, roles []string, o order, now time.Time) error {
 		s.Roles[role] = row
 	}
 	return nil
+}
+
+// beside counts the roles that the first one's active serves besides these.
+func (s *State) beside(roles []string) int {
+	n := 0
+	for role, row := range s.Roles {
+		if active := s.Roles[roles[0]].Active; active != "" && row.Active == active && !slices.Contains(roles, role) {
+			n++
+		}
+	}
+	return n
 }
 
 // group are the roles that a switch of role takes with it: all that its backend
