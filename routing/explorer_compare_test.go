@@ -56,7 +56,7 @@ func (e *explorer) expandRequest(n node, try func(storeOp, func(*node))) {
 	for i, p := range n.procs[:e.frontends] {
 		id := frontendID(uint8(i), p.id)
 		_, hasReported := q.Reports[id]
-		if p.id != 0 && p.view.registered && !hasReported {
+		if p.id != 0 && p.view.registered && !hasReported && !e.reports {
 			try(storeOp{kind: "report", proc: uint8(i), id: p.id, number: number, residues: p.residues, saw: p.saw}, func(m *node) {
 				m.procs[i].residues = 0
 				m.procs[i].saw = p.stays != [3]uint8{} && e.effect != effectStands
@@ -80,5 +80,34 @@ func (e *explorer) expandRequest(n node, try func(storeOp, func(*node))) {
 				m.hosts.lacks &^= 1 << to // at this moment; write knows of what goes on
 			}
 		})
+	}
+}
+
+// expandReport sends a report on a request, once more if it does not know that
+// one has arrived, or brings it to its end. Until that
+// comes what goes with it is neither in the gate nor in the store; without an
+// answer it is in the gate again, and in the store perhaps some day.
+func (e *explorer) expandReport(n node, i uint8, visit func(uint16, proc, string)) {
+	p := n.procs[i]
+	switch request := e.states[n.store].Roles["r"].Request; {
+	case !e.reports:
+	case p.reports != 0:
+		op := e.ops[p.reports]
+		p.reports = 0
+		if to, ok := e.store(n.store, op); ok {
+			visit(to, p, "the report of {f} arrives")
+		}
+		p.residues, p.saw = p.residues|op.residues, p.saw || op.saw
+		visit(n.store, p, "the report of {f} fails")
+		if n.lost > 0 && p.sent == 0 {
+			p.sent = e.send(op)
+			n.lost--
+			n.procs[i] = p
+			e.visit(n, step{what: "the report of {f} gets no answer", proc: i})
+		}
+	case request != nil && p.view.registered:
+		p.reports = e.send(storeOp{kind: "report", proc: i, id: p.id, number: uint8(request.Number), residues: p.residues, saw: p.saw})
+		p.residues, p.saw = 0, e.mail && p.stays != [3]uint8{} && e.effect != effectStands
+		visit(n.store, p, "{f} begins its report")
 	}
 }

@@ -138,6 +138,8 @@ func (e *explorer) expandProc(n node, i uint8) {
 		visit(n.store, q, "{f} saves its snapshot")
 	}
 
+	e.expandReport(n, i, visit)
+
 	// The ack.
 	row, at := p.view.row(), e.presence(i, p)
 	if wantsAck(row, at) && e.r.mayAck(row, at) == "" {
@@ -181,6 +183,9 @@ func (e *explorer) isNewer(p proc) bool {
 func (e *explorer) presence(i uint8, p proc) presence {
 	row := p.view.row()
 	at := presence{registered: p.view.registered, floor: uint64(p.view.floor), onDisk: true}
+	if p.reports != 0 {
+		at.underWay = 1
+	}
 	if e.disk && i == 0 {
 		at.onDisk = isHeldOnDisk(row, p.disk.row())
 	}
@@ -238,7 +243,7 @@ func (e *explorer) expandRegistration(n node, i uint8, visit func(uint16, proc, 
 			visit(to, q, "{f} registers anew")
 		}
 	}
-	if p.stays == [3]uint8{} && n.starts > 0 {
+	if p.stays == [3]uint8{} && p.reports == 0 && n.starts > 0 {
 		if to, ok := e.store(n.store, storeOp{kind: "goodbye", proc: i, id: p.id, residues: p.residues, saw: p.saw}); ok {
 			visit(to, proc{last: p.last, sent: p.sent}, "{f} says goodbye")
 		}
@@ -250,6 +255,9 @@ func (e *explorer) expandRegistration(n node, i uint8, visit func(uint16, proc, 
 			if epoch != 0 {
 				m.ghosts |= 1 << b
 			}
+		}
+		if p.sent == 0 {
+			p.sent = p.reports
 		}
 		m.procs[i] = proc{last: p.last, disk: p.disk, sent: p.sent}
 		e.visit(m, step{what: "{f} is killed", proc: i})

@@ -25,6 +25,7 @@ var scenarios = []scenario{
 	{name: "failover, two drivers", frontends: 1, holds: 1, starts: 1, unproven: true, mail: true, hooks: AllHooks, failovers: 1, drivers: true},
 	{name: "the store is away", frontends: 2, holds: 2, starts: 2, unproven: true, lost: 1},
 	{name: "comparison", frontends: 2, holds: 2, starts: 2, unproven: true, mail: true, hooks: []Hook{HookCatchUp}, requests: true},
+	{name: "reports under way", frontends: 2, holds: 1, starts: 2, unproven: true, requests: true, reports: true, lost: 1},
 	{name: "leases", frontends: 2, holds: 1, starts: 2, unproven: true, hooks: AllHooks, leases: 1, stops: 1},
 	{name: "leases, a machine is paused", frontends: 2, holds: 1, starts: 2, hooks: AllHooks, leases: 1, stops: 1, paused: true},
 }
@@ -65,6 +66,7 @@ func mutations() []mutation {
 		admitGuards[2].name:           "registration lost",
 		ackGuards[0].name:             "two switches, residues",
 		ackGuards[1].name:             "starts from disk",
+		ackGuards[2].name:             "reports under way",
 		holdGuards[1].name:            "hooks, two switches",
 		"the new active is not stale": "failover",
 	}

@@ -38,6 +38,7 @@ type scenario struct {
 	drivers   bool // a second one, whose step may be long on its way
 	lost      int  // messages of frontends that are long on their way, their answers lost
 	requests  bool // switches begin with a request and a comparison
+	reports   bool // whose reports may be long on their way
 	mail      bool // who lacks what, too
 	leases    int  // that end others' registrations
 	stops     int  // of a process by SIGSTOP; of its machine, clock and all, if paused
@@ -116,7 +117,8 @@ type proc struct {
 	saw      bool     // the user was seen: not yet handed over
 	isOver   bool     // its lease is, by its own clock
 	asleep   bool     // it is stopped
-	sent     opID     // a message that is long on its way
+	sent     opID     // a message that is long on its way, and waited for no more
+	reports  opID     // a report whose answer it waits for
 }
 
 // node is one state of the world.
