@@ -54,7 +54,7 @@ func (e *explorer) expandRequest(n node, try func(storeOp, func(*node))) {
 	number := uint8(q.Number)
 	try(storeOp{kind: "refuse", number: number}, nil)
 	for i, p := range n.procs[:e.frontends] {
-		id := frontendID(uint8(i), p.id)
+		id := e.frontendID(uint8(i), p.id)
 		_, hasReported := q.Reports[id]
 		if p.id != 0 && p.view.registered && !hasReported && !e.reports {
 			try(storeOp{kind: "report", proc: uint8(i), id: p.id, number: number, residues: p.residues, saw: p.saw}, func(m *node) {
@@ -84,9 +84,9 @@ func (e *explorer) expandRequest(n node, try func(storeOp, func(*node))) {
 }
 
 // expandReport sends a report on a request, once more if it does not know that
-// one has arrived, or brings it to its end. Until that
-// comes what goes with it is neither in the gate nor in the store; without an
-// answer it is in the gate again, and in the store perhaps some day.
+// one has arrived, or brings it to its end. Until that comes what goes with it is
+// neither in the gate nor in the store; without an answer it is in the gate
+// again, and in the store perhaps some day.
 func (e *explorer) expandReport(n node, i uint8, visit func(uint16, proc, string)) {
 	p := n.procs[i]
 	switch request := e.states[n.store].Roles["r"].Request; {

@@ -25,6 +25,13 @@ func inByte(p Phase) step8 {
 	return step8(1 + slices.IndexFunc(switchoverPhases, func(h hookPhase) bool { return h.phase == p }))
 }
 
+func (s step8) phase() Phase {
+	if s == 0 {
+		return ""
+	}
+	return switchoverPhases[s-1].phase
+}
+
 // cut ends what runs on a backend, and stops it.
 func (n *node) cut(backend int) {
 	bit := uint8(1) << backend
@@ -93,85 +100,149 @@ func (e *explorer) commit(n *node, to uint16) {
 	}
 }
 
-// expandSwitch tries what a driver can do next (decide).
+// decision is what a driver does next, and with what.
+type decision struct {
+	do   move
+	what string
+}
+
+// decideAt is what a driver decides by.
+type decideAt struct {
+	store      uint16
+	ran, undid step8
+}
+
+// decisions are the next steps of drivers (decide), whatever they know of hooks
+// that have failed or shown nothing, and of the time.
+func (e *explorer) decisions(n node, row Row) []decision {
+	at := decideAt{n.store, n.hosts.ran, n.hosts.undid}
+	list, known := e.decides[at]
+	if known {
+		return list
+	}
+	s := e.states[n.store]
+	if e.r.without != "" {
+		s = s.Clone()
+		switch row := s.Roles["r"]; e.r.without { // the driver looks for the same as these
+		case openGuards[0].name:
+			s.Frontends = nil
+		case openGuards[1].name:
+			row.Residues = nil
+			s.Roles["r"] = row
+		}
+	}
+	for bits := range 32 {
+		is := func(bit int) bool { return bits&(1<<bit) != 0 }
+		d := driving{roles: []string{"r"}, ran: n.hosts.ran.phase(), undone: n.hosts.undid.phase(), proved: is(0)}
+		if is(1) {
+			d.failed = "a hook failed"
+		}
+		if is(2) && e.effect == effectRan {
+			d.ran = row.Phase
+		}
+		next := decision{}
+		if next.do, next.what = decide(s, d, is(3), is(4)); next.do == moveAdvance || next.do == moveAbort || next.do == moveWait {
+			next.what = ""
+		}
+		if !slices.Contains(list, next) {
+			list = append(list, next)
+		}
+	}
+	if row.Phase == PhaseAbort && e.effect == effectUndo {
+		list = append(list, decision{do: moveReopen})
+	}
+	e.decides[at] = list
+	return list
+}
+
+// expandSwitch tries what a driver can do next.
 func (e *explorer) expandSwitch(n node) {
 	row := e.states[n.store].Roles["r"]
 	e.expandLate(n)
 	if row.Switch == nil {
 		return
 	}
+	e.expandAhead(n, row)
 	op := storeOp{number: uint8(row.Switch.Number), phase: row.Phase}
-	if row.Phase == PhaseAbort {
-		e.expandUndo(n, row, op)
-		return
-	}
-	allAcked := len(e.states[n.store].missingAcks("r")) == 0
-	hook, _ := row.Switch.hooks(row.Phase)
-	if row.Phase == PhaseHold && row.Switch.has(HookProve) && allAcked && !n.effects(int(backendNumber(row.Active))) {
+	for _, next := range e.decisions(n, row) {
 		op := op
-		op.kind, op.hook = "ran", HookProve
-		e.decided(n, op, nil)
-	}
-	if row.Switch.has(hook) && n.hosts.ran != inByte(row.Phase) {
-		e.runHook(n, row, hook, op)
-		if e.effect != effectRan {
-			return
+		switch next.do {
+		case moveAdvance:
+			if !e.noticed || !e.isOutside(n) {
+				op.kind = "advance"
+				e.decided(n, op, nil)
+			}
+		case moveAbort:
+			op.kind = "turn back in"
+			e.decided(n, op, nil)
+		case moveRun, moveUndo:
+			e.runHook(n, row, Hook(next.what), op)
+		case moveUndone:
+			op.kind, op.phase = "undone", Phase(next.what)
+			e.decided(n, op, nil)
+		case moveReopen:
+			op.kind = "reopen"
+			e.decided(n, op, nil)
 		}
-	}
-	if !e.noticed || !e.isOutside(n) {
-		op.kind = "advance"
-		e.decided(n, op, nil)
 	}
 }
 
-func (e *explorer) expandUndo(n node, row Row, op storeOp) {
-	begun := row.Switch.Begun
-	if len(begun) == 0 || e.effect == effectUndo {
-		op.kind = "reopen"
-		e.decided(n, op, nil)
-		return
+// expandAhead runs a hook before the step to its phase is written, and that of
+// an undo before ABORT is; the driver dies before it writes.
+func (e *explorer) expandAhead(n node, row Row) {
+	hook, begun := Hook(""), row.Switch.Begun
+	switch {
+	case row.Phase == PhaseAbort:
+	case e.effect == effectFirst:
+		hook, _ = row.Switch.hooks(row.Switch.next(row.Phase))
+	case e.effect == effectFirstUndo && len(begun) > 0:
+		_, hook = row.Switch.hooks(begun[len(begun)-1])
 	}
-	op.phase = begun[len(begun)-1]
-	if _, undo := row.Switch.hooks(op.phase); row.Switch.has(undo) && n.hosts.undid != inByte(op.phase) {
-		m := n
-		m.hosts.undid = inByte(op.phase)
-		if undo == HookUndoDemote {
-			m.hosts.up |= 1 << backendNumber(row.Active)
-		} else {
-			m.hosts.up &^= 1 << backendNumber(row.Switch.To)
-		}
-		e.visit(m, step{what: string(undo) + " is done"})
-		return
+	if m := n; row.Switch.has(hook) && e.work(&m, row, hook) {
+		e.visit(m, step{what: string(hook) + " runs ahead of its step"})
 	}
-	op.kind = "undone"
-	e.decided(n, op, nil)
 }
 
-// runHook runs a hook of the way forward to its end; or to no end, which may
-// have changed as much.
+// runHook runs a hook to its end; or to no end, which may have changed as much.
 func (e *explorer) runHook(n node, row Row, hook Hook, op storeOp) {
 	m := n
-	from, to := int(backendNumber(row.Active)), int(backendNumber(row.Switch.To))
-	switch hook {
-	case HookDemote, HookFence:
-		if e.effect != effectStops {
-			m.cut(from)
-		}
-		m.hosts.up &^= 1 << from
-	case HookCatchUp:
-		knows := row.Seen.All || slices.Contains(row.Seen.Users, "u")
-		if knows && !n.effects(from) && n.hosts.torn&(1<<to) == 0 {
-			m.hosts.lacks &^= 1 << to
-		}
-	case HookPromote:
-		m.hosts.up |= 1 << to
-		m.hosts.off &^= 1 << to
+	if !e.work(&m, row, hook) {
+		return
 	}
 	if m != n && hook != HookCatchUp {
 		e.visit(m, step{what: string(hook) + " fails half way"})
 	}
+	mine := driving{ran: n.hosts.ran.phase(), undone: n.hosts.undid.phase()}
+	(*driver)(nil).hookDone(&mine, row, hook)
 	op.kind, op.hook = "ran", hook
-	e.decided(m, op, func(m *node) { m.hosts.ran = inByte(row.Phase) })
+	e.decided(m, op, func(m *node) { m.hosts.ran, m.hosts.undid = inByte(mine.ran), inByte(mine.undone) })
+}
+
+// work is what a hook does at the backends; false if it does not succeed.
+func (e *explorer) work(n *node, row Row, hook Hook) bool {
+	from, to := int(backendNumber(row.Active)), int(backendNumber(row.Switch.To))
+	switch hook {
+	case HookProve:
+		return !n.effects(from)
+	case HookDemote, HookFence:
+		if e.effect != effectStops {
+			n.cut(from)
+		}
+		n.hosts.up &^= 1 << from
+	case HookCatchUp:
+		knows := row.Seen.All || slices.Contains(row.Seen.Users, "u")
+		if knows && !n.effects(from) && n.hosts.torn&(1<<to) == 0 {
+			n.hosts.lacks &^= 1 << to
+		}
+	case HookPromote:
+		n.hosts.up |= 1 << to
+		n.hosts.off &^= 1 << to
+	case HookUndoDemote:
+		n.hosts.up |= 1 << from
+	case HookUndoPromote:
+		n.hosts.up &^= 1 << to
+	}
+	return true
 }
 
 // decided commits a driver's step: now, or, where there are two, at some time
@@ -233,11 +304,32 @@ func (e *explorer) applyStep(s *State, op storeOp) error {
 			return errNothing
 		}
 		return e.r.undone(s, "r", op.phase)
+	case "turn back in":
+		return e.abort(s, row)
 	case "reopen":
 		if e.effect == effectUndo && row.Switch != nil {
 			row.Switch.Begun = nil
 		}
-		return e.r.reopen(s, "r", now)
+		err := e.r.reopen(s, "r", now)
+		if row := s.Roles["r"]; err == nil && e.effect == effectReopen {
+			row.Epoch -= 2
+			s.Roles["r"] = row
+		}
+		return err
 	}
 	panic(fmt.Sprint("no rule ", op.kind))
+}
+
+func (e *explorer) abort(s *State, row Row) error {
+	if sw := row.Switch; sw != nil && e.effect == effectNoWay {
+		begun := sw.Begun
+		sw.Begun = nil
+		defer func() { sw.Begun = begun }()
+	}
+	err := e.r.abort(s, "r", "", explorerTime)
+	if row := s.Roles["r"]; err == nil && e.effect == effectInherit {
+		row.Residues = nil
+		s.Roles["r"] = row
+	}
+	return err
 }

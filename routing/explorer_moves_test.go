@@ -200,6 +200,11 @@ func (e *explorer) presence(i uint8, p proc) presence {
 // expandStart starts a process anew, or from its disk while the store is away.
 func (e *explorer) expandStart(n node, i uint8) {
 	p := n.procs[i]
+	if first := n.procs[0]; e.effect == effectShared && i > 0 && first.enrolled {
+		m := n
+		m.procs[i] = proc{id: first.id, last: first.id, enrolled: true, view: e.look(n.store, i, first.id)}
+		e.visit(m, step{what: "{f} starts from a copy of f0's state directory", proc: i})
+	}
 	if n.starts > 0 {
 		// It reads before it registers too: the gate must not go by that. What
 		// is on the disk is void before its registration is.

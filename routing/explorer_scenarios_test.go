@@ -17,6 +17,8 @@ var scenarios = []scenario{
 	{name: "everything, one switch", frontends: 2, holds: 1, starts: 2, crashes: 1, unproven: true, disk: true, late: true},
 	{name: "hooks", frontends: 2, holds: 1, starts: 2, crashes: 1, unproven: true, mail: true, hooks: AllHooks},
 	{name: "hooks, two switches", frontends: 1, holds: 2, starts: 2, crashes: 1, unproven: true, mail: true, hooks: AllHooks},
+	{name: "no way back from a promotion", frontends: 1, holds: 2, starts: 1, unproven: true, mail: true,
+		hooks: []Hook{HookDemote, HookCatchUp, HookPromote, HookUndoDemote}},
 	{name: "catch-up only", frontends: 2, holds: 1, starts: 2, crashes: 1, unproven: true, mail: true, hooks: []Hook{HookCatchUp, HookProve}},
 	{name: "two drivers", frontends: 1, holds: 2, starts: 1, unproven: true, mail: true, hooks: AllHooks, drivers: true},
 	{name: "failover", frontends: 1, holds: 2, starts: 2, crashes: 1, unproven: true, mail: true, hooks: AllHooks, failovers: 1},
@@ -57,6 +59,11 @@ func mutations() []mutation {
 		{effectFailover, "", "failover"},
 		{effectEntry, "", "leases"},
 		{effectMargin, "", "leases"},
+		{effectNoWay, "", "no way back from a promotion"},
+		{effectReopen, "", "the store is away"},
+		{effectFirst, "", "hooks"},
+		{effectFirstUndo, "", "hooks"},
+		{effectShared, "", "two switches, residues"},
 	}
 	on := map[string]string{
 		openGuards[0].name:            "two switches, residues",

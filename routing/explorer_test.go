@@ -64,19 +64,24 @@ var (
 	effectOffline = "start from disk: inherits an unknown residue"
 	effectProven  = "residues are cleared by proof only"
 
-	effectStops    = "demote, fence: nothing of the old active runs on"
-	effectStep     = "a driver's step is for its own switch only"
-	effectRan      = "a driver leaves a phase when its hook is done"
-	effectUndo     = "an abort undoes what was begun"
-	effectAckEpoch = "ack: it is for one epoch only"
-	effectAckSeen  = "ack: who was seen goes with it"
-	effectByeSeen  = "goodbye: who was seen goes with it"
-	effectBurySeen = "bury: anybody may have been seen"
-	effectStands   = "report: who is inside counts as seen again"
-	effectCompared = "comparison: whose work may run on is looked at again"
-	effectFailover = "failover: the old active is stale"
-	effectEntry    = "lease: nobody enters when it is over"
-	effectMargin   = "lease: it is over for its holder first"
+	effectStops     = "demote, fence: nothing of the old active runs on"
+	effectStep      = "a driver's step is for its own switch only"
+	effectRan       = "a driver leaves a phase when its hook is done"
+	effectUndo      = "an abort undoes what was begun"
+	effectAckEpoch  = "ack: it is for one epoch only"
+	effectAckSeen   = "ack: who was seen goes with it"
+	effectByeSeen   = "goodbye: who was seen goes with it"
+	effectBurySeen  = "bury: anybody may have been seen"
+	effectStands    = "report: who is inside counts as seen again"
+	effectCompared  = "comparison: whose work may run on is looked at again"
+	effectFailover  = "failover: the old active is stale"
+	effectEntry     = "lease: nobody enters when it is over"
+	effectMargin    = "lease: it is over for its holder first"
+	effectNoWay     = "abort: not once a promotion has begun that cannot be undone"
+	effectReopen    = "abort: the epoch is not that of before"
+	effectFirst     = "a step is written before its hook runs"
+	effectFirstUndo = "an abort is written before anything is undone"
+	effectShared    = "an ID is one process's"
 )
 
 const (
@@ -176,6 +181,7 @@ type explorer struct {
 	ops      []storeOp
 	opIDs    map[storeOp]opID
 	looks    map[lookAt]seen
+	decides  map[decideAt][]decision
 	steps    map[storeStep]int // to; -1: refused
 	nodes    map[node]int32
 	order    []node
@@ -190,7 +196,7 @@ var explorerTime = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func explore(sc scenario, m mutation) *explorer {
 	e := &explorer{scenario: sc, r: rules{without: m.rule}, ids: make(map[string]uint16), steps: make(map[storeStep]int),
-		ops: make([]storeOp, 1), opIDs: make(map[storeOp]opID), looks: make(map[lookAt]seen), nodes: make(map[node]int32), violated: -1}
+		ops: make([]storeOp, 1), opIDs: make(map[storeOp]opID), looks: make(map[lookAt]seen), decides: make(map[decideAt][]decision), nodes: make(map[node]int32), violated: -1}
 	if m.rule == "" {
 		e.effect = m.name
 	}
@@ -300,6 +306,14 @@ func (e *explorer) intern(s *State) uint16 {
 
 func frontendID(proc, nonce uint8) string { return fmt.Sprintf("f%d.%d", proc, nonce) }
 
+// frontendID is what a process calls itself.
+func (e *explorer) frontendID(proc, nonce uint8) string {
+	if e.effect == effectShared {
+		proc = 0
+	}
+	return frontendID(proc, nonce)
+}
+
 // store applies a rule; ok is false if it refuses.
 func (e *explorer) store(from uint16, op storeOp) (to uint16, ok bool) {
 	step := storeStep{from, op}
@@ -337,7 +351,7 @@ func residuesOf(bits uint8) []Residue {
 }
 
 func (e *explorer) apply(s *State, op storeOp) error {
-	id, now := frontendID(op.proc, op.id), explorerTime
+	id, now := e.frontendID(op.proc, op.id), explorerTime
 	row := s.Roles["r"]
 	before, seenBefore := slices.Clone(row.Residues), row.Seen
 	restore := func(residues, seen string) {
@@ -366,12 +380,7 @@ func (e *explorer) apply(s *State, op storeOp) error {
 		}
 		return err
 	case "abort":
-		err := e.r.abort(s, "r", "", now)
-		if row := s.Roles["r"]; err == nil && e.effect == effectInherit {
-			row.Residues = nil
-			s.Roles["r"] = row
-		}
-		return err
+		return e.abort(s, row)
 	case "age":
 		return e.r.ageOut(s, func(_ string, r Residue) bool { return r.Backend == backendName[op.backend] })
 	case "register":
@@ -440,7 +449,7 @@ func (e *explorer) lookUp(at lookAt) seen {
 	s := e.states[at.store]
 	row := s.Roles["r"]
 	v := seen{open: row.Phase == PhaseOpen, active: backendNumber(row.Active), epoch: uint8(row.Epoch)}
-	if f, ok := s.Frontends[frontendID(at.proc, at.id)]; ok {
+	if f, ok := s.Frontends[e.frontendID(at.proc, at.id)]; ok {
 		v.registered, v.floor = true, uint8(f.Floors["r"])
 	}
 	return v

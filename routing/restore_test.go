@@ -11,13 +11,14 @@ import (
 
 // Safety 14 in an explorer of its own: one switch, a store that is wiped or
 // restored to its first state at any point, and the operator's decision. It
-// assumes that frontends share the state directory, as those of one host do,
-// and that nobody switches or decides before all running ones have seen that
+// assumes that frontends share the state directory, as those of one host do, or
+// come to a store that is not empty any more, and that nobody switches or decides before all running ones have seen that
 // the store went back: until then one that the store has lost is not waited for.
 
 type lostProc struct {
 	ID    int // 0 while it does not run
 	Last  int
+	Apart bool // on a host of its own
 	View  *State
 	Stays [3]uint64 // by backend: the epoch
 }
@@ -59,6 +60,7 @@ type lostStep struct {
 
 const (
 	mutantForgets = "merge: what a frontend had is compared with the store"
+	mutantSeeds   = "seed: not what a snapshot knows"
 	mutantFloors  = "register: a row that was kept keeps the floor down"
 )
 
@@ -202,6 +204,9 @@ func (e *lostExplorer) expandProc(w *lostWorld, i int) {
 		if w.Starts > 0 {
 			e.enrol(w, i, w.Starts-1, w.Disk, nil, "starts")
 		}
+		if w.Starts > 0 && w.Store.Revision == 0 && len(w.Store.Frontends) > 0 {
+			e.enrol(w, i, w.Starts-1, nil, nil, "starts on another host")
+		}
 		return
 	}
 	id := frontendID(uint8(i), uint8(p.ID))
@@ -216,7 +221,9 @@ func (e *lostExplorer) expandProc(w *lostWorld, i int) {
 			visit(q, s, w.Disk, "marks its doubt")
 		}
 	}
-	visit(p, w.Store, p.View, "saves its snapshot")
+	if !p.Apart {
+		visit(p, w.Store, p.View, "saves its snapshot")
+	}
 	at := p.View.Roles["r"]
 	f, registered := p.View.Frontends[id]
 	has := presence{registered: registered, floor: f.Floors["r"]}
@@ -233,7 +240,9 @@ func (e *lostExplorer) expandProc(w *lostWorld, i int) {
 	if !registered && p.Last < 2 {
 		e.enrol(w, i, w.Starts, p.View, floors, "registers anew")
 	}
-	if w.Disk != nil {
+	if p.Apart {
+		has.onDisk = true
+	} else if w.Disk != nil {
 		has.onDisk = isHeldOnDisk(at, w.Disk.Roles["r"])
 	}
 	if wantsAck(at, has) && e.r.mayAck(at, has) == "" {
@@ -248,14 +257,15 @@ func (e *lostExplorer) expandProc(w *lostWorld, i int) {
 	}
 }
 
-// enrol registers a process that knows what it kept (Table.enrol).
+// enrol registers a process that knows what it kept (Table.enrol); nothing where
+// nobody has been before.
 func (e *lostExplorer) enrol(w *lostWorld, i, starts int, kept *State, floors map[string]uint64, how string) {
 	m := *w
 	p := &m.Procs[i]
-	p.ID, p.Last = p.Last+1, p.Last+1
+	p.ID, p.Last, p.Apart = p.Last+1, p.Last+1, p.Apart || kept == nil
 	m.Starts = starts
 	m.Store = e.update(w.Store, fmt.Sprintf("register %d.%d %p %v", i, p.ID, kept, floors), func(s *State) error {
-		e.r.seed(s, map[string]RoleConfig{"r": {Members: []string{"a", "b"}, Active: "a"}}, func(string) bool { return kept != nil })
+		e.r.seed(s, map[string]RoleConfig{"r": {Members: []string{"a", "b"}, Active: "a"}}, func(string) bool { return kept != nil && e.mutation != mutantSeeds })
 		if e.mutation != mutantFloors {
 			floors = floorsOf(kept, s, floors)
 		}
@@ -301,7 +311,7 @@ func TestSafety14Explorer(t *testing.T) {
 	if e.violated != nil {
 		t.Errorf("a user is on two backends: %s", e.trace())
 	}
-	for _, m := range []string{mutantForgets, mutantFloors} {
+	for _, m := range []string{mutantForgets, mutantFloors, mutantSeeds} {
 		if e := exploreLost(m); e.violated == nil {
 			t.Errorf("without %q: %d states, and I1 holds in all of them", m, len(e.queue))
 		} else {
