@@ -13,9 +13,14 @@ type hosts struct {
 	up    uint8 // serves, as the master
 	lacks uint8 // acknowledged mail is missing there
 	off   uint8 // by the operator's word
+	dead  uint8 // for good
 	torn  uint8 // and has some that its peer has not: no catch-up can settle that
 	ran   step8 // whose hook the driver has run
 	undid step8 // whose undo hook it has run
+	// By backend, the newest hook that has come there, and one that hangs.
+	newest [3]stamp8
+	orphan stamp8
+	stops  uint8 // the backend that the orphan takes for the old active
 }
 
 // step8 is a phase in a byte, which is quicker to look up.
@@ -66,7 +71,7 @@ func (e *explorer) hostFault(n node) string {
 	case row.Phase == PhaseOpen && n.hosts.lacks&active != 0:
 		return "mail that was acknowledged is lost"
 	case !slices.Contains(e.hooks, HookDemote):
-	case row.Phase == PhaseOpen && n.hosts.up&active == 0:
+	case row.Phase == PhaseOpen && (n.hosts.up|n.hosts.dead)&active == 0:
 		return "nobody serves"
 	case n.hosts.up == 1<<backendA|1<<backendB:
 		return "both backends serve as the master"
@@ -92,7 +97,7 @@ func (e *explorer) commit(n *node, to uint16) {
 	case was.Active != is.Active && !slices.Contains(e.hooks, HookDemote):
 		n.hosts.up = into
 	case was.Active == is.Active && n.hosts.off&from != 0:
-		n.hosts.up |= from // who has aborted that has repaired it
+		n.hosts.up |= from &^ n.hosts.dead // who has aborted that has repaired it
 		n.hosts.off &^= from
 	case was.Active != is.Active && was.Switch.Failover && n.hosts.lacks&into != 0:
 		n.hosts.lacks = n.hosts.lacks&^into | from // and the loss accepted
@@ -159,6 +164,7 @@ func (e *explorer) decisions(n node, row Row) []decision {
 func (e *explorer) expandSwitch(n node) {
 	row := e.states[n.store].Roles["r"]
 	e.expandLate(n)
+	e.expandOrphan(n)
 	if row.Switch == nil {
 		return
 	}
@@ -205,7 +211,18 @@ func (e *explorer) expandAhead(n node, row Row) {
 
 // runHook runs a hook to its end; or to no end, which may have changed as much.
 func (e *explorer) runHook(n node, row Row, hook Hook, op storeOp) {
+	if e.sticks && (isUndo(hook) || row.canAbort() != "") {
+		op := op
+		op.kind = "stick"
+		e.decided(n, op, nil)
+	}
 	m := n
+	if n.orphans > 0 && n.hosts.orphan == 0 && slices.Contains(hookRanks, hook) {
+		m.orphans--
+		m.hosts.orphan, m.hosts.stops = stampOf(op.number, hook), backendNumber(row.Active)
+		e.visit(m, step{what: string(hook) + " hangs"})
+		m = n
+	}
 	if !e.work(&m, row, hook) {
 		return
 	}
@@ -221,6 +238,23 @@ func (e *explorer) runHook(n node, row Row, hook Hook, op storeOp) {
 // work is what a hook does at the backends; false if it does not succeed.
 func (e *explorer) work(n *node, row Row, hook Hook) bool {
 	from, to := int(backendNumber(row.Active)), int(backendNumber(row.Switch.To))
+	on := from
+	if hook == HookPromote || hook == HookUndoPromote {
+		on = to
+	}
+	if n.hosts.dead&(1<<on) != 0 && hook != HookFence || n.hosts.dead != 0 && hook == HookCatchUp {
+		return false
+	}
+	if e.orphans > 0 && slices.Contains(hookRanks, hook) {
+		stamp := stampOf(uint8(row.Switch.Number), hook)
+		if stamp < n.hosts.newest[on] && e.effect != effectOrphan {
+			return false
+		}
+		n.hosts.newest[on] = max(stamp, n.hosts.newest[on])
+		if isUndo(hook) { // what is older must not come where it does nothing itself
+			n.hosts.newest[3-on] = max(stamp, n.hosts.newest[3-on])
+		}
+	}
 	switch hook {
 	case HookProve:
 		return !n.effects(from)
@@ -243,6 +277,32 @@ func (e *explorer) work(n *node, row Row, hook Hook) bool {
 		n.hosts.up &^= 1 << to
 	}
 	return true
+}
+
+// hookRanks are the hooks that may hang, in the order in which they are newer.
+var hookRanks = []Hook{HookDemote, HookFence, HookPromote, HookUndoPromote, HookUndoDemote}
+
+// stamp8 is a switch and a hook of it: what hooks keep of the newest that has come
+// to a backend, to refuse what is older (safety 17). Attempts are left out.
+type stamp8 uint8
+
+func stampOf(number uint8, hook Hook) stamp8 {
+	return stamp8(8*number + 1 + uint8(slices.Index(hookRanks, hook)))
+}
+
+// expandOrphan lets a hook go on that hangs.
+func (e *explorer) expandOrphan(n node) {
+	if n.hosts.orphan == 0 {
+		return
+	}
+	stamp := n.hosts.orphan - 1
+	hook := hookRanks[stamp%8]
+	row := Row{Active: backendName[n.hosts.stops], Switch: &Switch{Number: uint64(stamp / 8), To: backendName[3-n.hosts.stops]}}
+	n.hosts.orphan, n.hosts.stops = 0, 0
+	e.visit(n, step{what: "the " + string(hook) + " that hangs is killed"})
+	if e.work(&n, row, hook) {
+		e.visit(n, step{what: "the " + string(hook) + " that hangs goes on"})
+	}
 }
 
 // decided commits a driver's step: now, or, where there are two, at some time
@@ -304,6 +364,8 @@ func (e *explorer) applyStep(s *State, op storeOp) error {
 			return errNothing
 		}
 		return e.r.undone(s, "r", op.phase)
+	case "stick":
+		return e.r.stick(s, "r", uint64(op.number), "a hook failed")
 	case "turn back in":
 		return e.abort(s, row)
 	case "reopen":

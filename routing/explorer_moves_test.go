@@ -41,26 +41,13 @@ func (e *explorer) expandStore(n node) {
 	if row := e.states[n.store].Roles["r"]; row.Phase != PhaseOpen && row.Phase != PhaseAbort {
 		try(storeOp{kind: "abort"}, nil)
 	}
-	if n.failovers > 0 {
-		less := func(m *node) { m.failovers-- }
-		try(storeOp{kind: "failover"}, less)
-		for _, kind := range []string{"failover, loss accepted", "failover, stale accepted"} {
-			try(storeOp{kind: kind}, func(m *node) { // the operator is right
-				less(m)
-				active := backendNumber(e.states[m.store].Roles["r"].Active)
-				m.cut(int(active))
-				m.hosts.off |= 1 << active
-			})
-		}
-	}
-	if n.abandons > 0 {
-		try(storeOp{kind: "abandon"}, func(m *node) {
-			m.abandons--
-			m.cut(int(backendNumber(e.states[m.store].Roles["r"].Switch.To)))
-		})
-	}
-	if len(e.states[n.store].Roles["r"].Stale) > 0 {
-		try(storeOp{kind: "rejoin"}, func(m *node) { m.rejoin(int(3 - backendNumber(e.states[m.store].Roles["r"].Active))) })
+	e.expandOperator(n, try)
+	for b := uint8(backendA); b <= backendB && n.deaths > 0; b++ {
+		m := n
+		m.deaths--
+		m.cut(int(b))
+		m.hosts.dead |= 1 << b
+		e.visit(m, step{what: "{b} dies", on: int(b)})
 	}
 	if e.requests {
 		e.expandRequest(n, try)
@@ -71,6 +58,48 @@ func (e *explorer) expandStore(n node) {
 			try(storeOp{kind: "age", backend: b}, nil)
 		}
 	}
+	e.expandEnds(n, try)
+}
+
+// expandOperator tries what operators can do with a switch, but for an abort. To
+// get out of one in which a backend has died they try more than once.
+func (e *explorer) expandOperator(n node, try func(storeOp, func(*node))) {
+	row := e.states[n.store].Roles["r"]
+	again := e.deaths > 0 && row.Phase != PhaseOpen
+	if n.failovers > 0 || again {
+		less := func(m *node) {
+			if !again {
+				m.failovers--
+			}
+		}
+		try(storeOp{kind: "failover"}, less)
+		for _, kind := range []string{"failover, loss accepted", "failover, stale accepted"} {
+			try(storeOp{kind: kind}, func(m *node) { // the operator is right
+				less(m)
+				active := backendNumber(e.states[m.store].Roles["r"].Active)
+				m.cut(int(active))
+				m.hosts.off |= 1 << active
+			})
+		}
+	}
+	if (n.abandons > 0 || again) && e.effect != effectAbandon {
+		try(storeOp{kind: "abandon"}, func(m *node) {
+			if !again {
+				m.abandons--
+			}
+			m.cut(int(backendNumber(e.states[m.store].Roles["r"].Switch.To)))
+		})
+	}
+	if row.Switch != nil && row.Switch.Stuck != "" && e.effect != effectResume {
+		try(storeOp{kind: "resume"}, nil)
+	}
+	if rejoins := 1 << (3 - backendNumber(row.Active)); len(row.Stale) > 0 && n.hosts.dead&uint8(rejoins) == 0 {
+		try(storeOp{kind: "rejoin"}, func(m *node) { m.rejoin(int(3 - backendNumber(e.states[m.store].Roles["r"].Active))) })
+	}
+}
+
+// expandEnds tries the ends of registrations.
+func (e *explorer) expandEnds(n node, try func(storeOp, func(*node))) {
 	for i := range uint8(e.frontends) {
 		for id := uint8(1); id <= n.procs[i].last; id++ {
 			switch {
@@ -286,7 +315,7 @@ func (e *explorer) floor(p proc) (floor uint8) {
 func (e *explorer) expandSessions(n node, i uint8) {
 	p := n.procs[i]
 	isOver := p.isOver && e.effect != effectEntry
-	takes := !e.paused && e.failovers == 0 || n.hosts.up&(1<<p.view.active) != 0 // what is stopped takes nobody
+	takes := !e.paused && e.failovers == 0 && e.deaths == 0 || n.hosts.up&(1<<p.view.active) != 0 // what is stopped takes nobody
 	if row := p.view.row(); p.stays[p.view.active] == 0 && e.r.admit(row, e.presence(i, p)) == "" && !isOver && takes {
 		m := n
 		m.procs[i].stays[p.view.active] = p.view.epoch

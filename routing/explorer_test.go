@@ -10,8 +10,9 @@ import (
 
 // The explorer searches every state that frontends, drivers, operators, hooks,
 // crashes and late events can reach, and looks for one user who can have effects
-// on two backends of a role (I1), for mail that the active lacks (I2), and for
-// two backends, or none, that serve (explorer_hooks_test.go). It calls the real
+// on two backends of a role (I1), for mail that the active lacks (I2), for two
+// backends, or none, that serve (explorer_hooks_test.go), and for states from
+// which no way leads back to an open role. It calls the real
 // rules (switch.go, failover.go, request.go, roster.go) and the real decisions of
 // the gate (gate.go). What it leaves out is time: everything may be late, as when
 // the store is away, but for what clocks promise (explorer_lease_test.go). Every
@@ -43,6 +44,9 @@ type scenario struct {
 	leases    int  // that end others' registrations
 	stops     int  // of a process by SIGSTOP; of its machine, clock and all, if paused
 	paused    bool
+	deaths    int  // of backends, for good
+	sticks    bool // switches may wait for the operator
+	orphans   int  // hooks that hang, and go on when nobody waits for them any more
 }
 
 // mutation takes one guard or one effect away.
@@ -81,6 +85,10 @@ var (
 	effectReopen    = "abort: the epoch is not that of before"
 	effectFirst     = "a step is written before its hook runs"
 	effectFirstUndo = "an abort is written before anything is undone"
+	effectTakeOver  = "failover: it takes over the switch that is under way"
+	effectResume    = "a switch that waits for the operator can be resumed"
+	effectAbandon   = "a switch whose new active is dead can be turned back"
+	effectOrphan    = "hooks: an older call is refused"
 	effectShared    = "an ID is one process's"
 )
 
@@ -134,7 +142,7 @@ type node struct {
 	hosts  hosts
 	late   opID // the step of a driver that is long on its way
 	// What may still happen.
-	holds, starts, crashes, fences, failovers, lost, stops, ends, abandons uint8
+	holds, starts, crashes, fences, failovers, lost, stops, ends, abandons, deaths, orphans uint8
 }
 
 // step says how a node came about: cheap to make, printed for a trace only.
@@ -187,6 +195,8 @@ type explorer struct {
 	order    []node
 	parents  []int32
 	how      []step
+	edges    []int32 // what can follow on each node
+	ways     []int32 // where those of a node begin
 	current  int32
 	violated int32
 	fault    string
@@ -203,13 +213,18 @@ func explore(sc scenario, m mutation) *explorer {
 	s := emptyState()
 	s.Roles["r"] = Row{Members: []string{"a", "b"}, Active: "a", Epoch: 1, Phase: PhaseOpen}
 	n := node{holds: uint8(sc.holds), starts: uint8(sc.starts), crashes: uint8(sc.crashes), fences: uint8(sc.fences),
-		failovers: uint8(sc.failovers), lost: uint8(sc.lost), stops: uint8(sc.stops), ends: uint8(sc.leases), abandons: uint8(sc.abandons), hosts: hosts{up: 1 << backendA}}
+		failovers: uint8(sc.failovers), lost: uint8(sc.lost), stops: uint8(sc.stops), ends: uint8(sc.leases), abandons: uint8(sc.abandons),
+		deaths: uint8(sc.deaths), orphans: uint8(sc.orphans), hosts: hosts{up: 1 << backendA}}
 	n.store = e.intern(s)
 	e.current = -1
 	e.visit(n, step{})
 	for i := 0; i < len(e.order) && e.violated < 0; i++ {
 		e.current = int32(i)
+		e.ways = append(e.ways, int32(len(e.edges)))
 		e.expand(e.order[i])
+	}
+	if e.violated < 0 {
+		e.findWedge()
 	}
 	return e
 }
@@ -219,11 +234,17 @@ func (e *explorer) visit(n node, how step) {
 	if e.mail {
 		e.write(&n)
 	}
-	if _, known := e.nodes[n]; known {
+	at, known := e.nodes[n]
+	if !known {
+		at = int32(len(e.order))
+		e.nodes[n] = at
+	}
+	if e.current >= 0 {
+		e.edges = append(e.edges, at)
+	}
+	if known {
 		return
 	}
-	at := int32(len(e.order))
-	e.nodes[n] = at
 	e.order = append(e.order, n)
 	e.parents = append(e.parents, e.current)
 	e.how = append(e.how, how)
@@ -262,9 +283,9 @@ func (e *explorer) intern(s *State) uint16 {
 	row := s.Roles["r"]
 	if sw := row.Switch; sw != nil {
 		row.Switch = &Switch{Number: sw.Number, To: sw.To, Begun: sw.Begun, Hooks: sw.Hooks, Failover: sw.Failover, AcceptLoss: sw.AcceptLoss,
-			AcceptStale: sw.AcceptStale}
+			AcceptStale: sw.AcceptStale, Stuck: sw.Stuck}
 	}
-	if !e.drivers && !e.requests { // the number tells nobody anything
+	if !e.drivers && !e.requests && e.orphans == 0 { // the number tells nobody anything
 		s.Switches = 0
 		if row.Switch != nil {
 			row.Switch.Number = 0
@@ -406,10 +427,15 @@ func (e *explorer) apply(s *State, op storeOp) error {
 		delete(s.Frontends, id)
 		return nil
 	case "failover", "failover, loss accepted", "failover, stale accepted":
+		if row.Switch != nil && e.effect == effectTakeOver {
+			return errNothing
+		}
 		o := order{to: other(row.Active), hooks: e.hooks, acceptLoss: op.kind != "failover", acceptStale: op.kind == "failover, stale accepted"}
 		return e.r.failover(s, []string{"r"}, o, now)
 	case "abandon":
 		return e.r.abandon(s, "r", "", now)
+	case "resume":
+		return e.r.resume(s, "r")
 	case "rejoin":
 		if _, err := e.r.rejoining(s, "r", other(row.Active), "", ScopeRole); err != nil {
 			return err
