@@ -63,7 +63,8 @@ func (r rules) failover(s *State, roles []string, o order, now time.Time) error 
 		if err != nil {
 			return err
 		}
-		c := change{s: s, role: role, row: row, to: o.to, isFenced: o.acceptLoss || slices.Contains(o.hooks, HookFence), acceptStale: o.acceptStale}
+		c := change{s: s, role: role, row: row, to: o.to, isFenced: o.acceptLoss || slices.Contains(o.hooks, HookFence), acceptStale: o.acceptStale,
+			with: roles, touches: touchesBackend(o.hooks, o.scope)}
 		if err := r.check(c, failoverGuards); err != nil {
 			return err
 		}
@@ -101,6 +102,7 @@ var failoverGuards = []guard{
 	guardNamed("the new active is another one"),
 	guardNamed("the new active is not stale"),
 	noRejoin,
+	guardNamed("no other switch is under way there"),
 	guardNamed("every registered frontend knows the new active"),
 	{"the old active is off, or the loss accepted", func(c change) string {
 		if c.row.Active != "" && !c.isFenced {

@@ -37,6 +37,8 @@ type change struct {
 	acceptStale bool
 	// proves: a hook may clear the residues on the old active.
 	proves bool
+	// with are the roles that are failed over together.
+	with []string
 	// touches: a hook may restart either backend.
 	touches bool
 }
@@ -143,7 +145,7 @@ var holdGuards = []guard{
 	{"no other switch is under way there", func(c change) string {
 		for _, other := range c.s.inMotion() {
 			with, sw := c.s.Roles[other].Active, c.s.Roles[other].Switch
-			if other == c.role || sw == nil || sw.Number == c.number {
+			if other == c.role || sw == nil || sw.Number == c.number || slices.Contains(c.with, other) {
 				continue
 			}
 			meet := func(backend string) bool { return backend != "" && (backend == with || backend == sw.To) }

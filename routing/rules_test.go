@@ -74,6 +74,10 @@ func refusals(t *testing.T, r rules) []refusal {
 			return r.failover(s, []string{"r"}, o, now)
 		}
 	}
+	elsewhere := func(s *State) { // q is switched from c to b
+		s.Roles["q"] = Row{Members: []string{"b", "c"}, Active: "c", Epoch: 2, Phase: PhaseHold,
+			Switch: &Switch{Number: 7, To: "b", Roles: []string{"q"}, Hooks: []Hook{HookDemote}}}
+	}
 	promotes := func(s *State) {
 		mustHold(t, s)
 		row := s.Roles["r"]
@@ -118,6 +122,10 @@ func refusals(t *testing.T, r rules) []refusal {
 		{"hold: another is asked for", asks, hold("r", "b", false), "is being prepared"},
 		{"failover: no proof", nil, failover("b", order{}), "--accept-loss"},
 		{"failover: loss accepted", nil, failover("b", order{acceptLoss: true}), ""},
+		{"failover: under another switch's hooks", elsewhere, failover("b", order{acceptLoss: true}), "may restart what both use"},
+		{"failover: of all that are switched", elsewhere, func(s *State) error {
+			return r.failover(s, []string{"r", "q"}, order{to: "b", acceptLoss: true}, now)
+		}, ""},
 		{"failover: another is being promoted", promotes, failover("c", order{acceptLoss: true}), "has begun to promote b"},
 	}
 }
