@@ -16,8 +16,8 @@ import (
 // simBackend records who has work on a backend. simulation.mu guards it.
 type simBackend struct {
 	isDown bool
-	serves map[string]bool      // by role: it lets users in
-	newest map[string]hookStamp // by role, of the hooks that have come here
+	serves map[string]bool      // by partOf: it lets users in
+	newest map[string]hookStamp // by partOf, of the hooks that have come here
 	visits map[*simVisit]struct{}
 }
 
@@ -35,12 +35,23 @@ type simVisit struct {
 	isGhost             bool // its frontend knows nothing of it any more
 }
 
+// whole stands for all roles of a backend.
+const whole = ""
+
+// partOf is the part of a backend that a role's hooks act on.
+func (s *simulation) partOf(role string) string {
+	if s.scope == ScopeBackend {
+		return whole
+	}
+	return role
+}
+
 // open lets a session in; nil if the backend does not.
 func (s *simulation) open(p *simProcess, stay *Stay) *simVisit {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	b := s.backends[stay.Backend]
-	if b.isDown || !b.serves[stay.Role] {
+	if b.isDown || !b.serves[s.partOf(stay.Role)] {
 		return nil
 	}
 	v := &simVisit{user: stay.User, role: stay.Role, backend: stay.Backend, store: p.store, over: make(chan struct{})}
@@ -95,10 +106,10 @@ func (s *simulation) haunt(v *simVisit, d time.Duration) {
 	})
 }
 
-// clearLocked ends all that users of a role do on a backend.
-func (s *simulation) clearLocked(backend, role string) {
+// clearLocked ends all that users do on a part of a backend.
+func (s *simulation) clearLocked(backend, part string) {
 	for v := range s.backends[backend].visits {
-		if v.role == role {
+		if part == whole || v.role == part {
 			s.shutLocked(v)
 		}
 	}
@@ -169,32 +180,52 @@ func (s *simulation) work(call HookCall) error {
 	if s.backends[on].isDown && call.Hook != HookFence {
 		return fmt.Errorf("%s is down", on)
 	}
-	for _, role := range call.Roles {
+	for _, part := range s.partsOf(call.Roles) {
 		for _, name := range []string{call.From, call.To} {
 			b := s.backends[name]
 			switch {
 			case b == nil || b.isDown && name != on:
-			case compareStamps(stamp, b.newest[role]) < 0:
+			case compareStamps(stamp, b.newest[part]) < 0:
 				return errors.New("an older attempt")
 			default:
-				b.newest[role] = stamp
+				b.newest[part] = stamp
 			}
 		}
 		switch call.Hook {
 		case HookDemote, HookFence, HookUndoPromote, HookRejoin:
-			s.backends[on].serves[role] = false
-			s.clearLocked(on, role)
+			s.hitsLocked(on, call)
+			s.backends[on].serves[part] = false
+			s.clearLocked(on, part)
 		case HookPromote, HookUndoDemote:
-			s.backends[on].serves[role] = true
+			s.backends[on].serves[part] = true
 		case HookProve:
 			for v := range s.backends[on].visits {
-				if v.role == role {
+				if slices.Contains(call.Roles, v.role) && s.partOf(v.role) == part {
 					return fmt.Errorf("%w: %s runs there", ErrTryAgain, v.user)
 				}
 			}
 		}
 	}
 	return nil
+}
+
+// partsOf are the parts of a backend that the hooks of roles act on.
+func (s *simulation) partsOf(roles []string) []string {
+	if s.scope == ScopeBackend {
+		return []string{whole}
+	}
+	return roles
+}
+
+// hitsLocked notes that a hook stops a backend under users whose roles it was not
+// called for (safety 21).
+func (s *simulation) hitsLocked(backend string, call HookCall) {
+	for v := range s.backends[backend].visits {
+		if s.scope == ScopeBackend && !v.isGhost && !slices.Contains(call.Roles, v.role) {
+			s.faultLocked("%s of switch %d, for %v, hits %s of role %s on %s", call.Hook, call.Number, call.Roles, v.user, v.role, backend)
+			return
+		}
+	}
 }
 
 func compareStamps(a, b hookStamp) int {
@@ -238,13 +269,14 @@ func (s *simulation) breakBackend(ctx context.Context, name string, d time.Durat
 	s.mu.Lock()
 	b := s.backends[name]
 	b.isDown = true
-	for role := range b.serves {
-		s.clearLocked(name, role)
-	}
+	s.clearLocked(name, whole)
 	s.mu.Unlock()
 	pause(ctx, d)
 	s.running.Go(func() {
 		for !s.revive(name) {
+			if time.Since(s.begun) > simFaults+simRecovery { // that failover does not end
+				return
+			}
 			time.Sleep(time.Second)
 		}
 		s.note("%s is up", name)
@@ -260,10 +292,13 @@ func (s *simulation) revive(name string) bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	serves := make(map[string]bool)
 	for role, row := range rows {
-		if stale := row.Stale[name]; stale.Number != 0 && row.Active != name {
-			s.backends[name].serves[role] = false
-		}
+		part := s.partOf(role)
+		serves[part] = serves[part] || row.Stale[name].Number == 0 || row.Active == name
+	}
+	for part, is := range serves {
+		s.backends[name].serves[part] = s.backends[name].serves[part] && is
 	}
 	s.backends[name].isDown = false
 	return true

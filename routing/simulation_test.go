@@ -49,6 +49,7 @@ type simulation struct {
 	seed    uint64
 	without string // the guard that is taken away
 	leased  bool   // fencing
+	scope   Scope  // of the hooks
 	opt     Options
 	cluster *simCluster
 	hosts   []*simHost
@@ -125,18 +126,20 @@ func newSimulation(seed uint64, without string) *simulation {
 		s.opt.Backends[b] = map[string]string{"imap": b + ":143"}
 		s.backends[b] = newSimBackend()
 	}
-	hooks, scope := s.drawHooks(dice), []Scope{ScopeRole, ScopeBackend}[dice.IntN(2)]
+	hooks := s.drawHooks(dice)
+	s.scope = []Scope{ScopeRole, ScopeBackend}[dice.IntN(2)]
 	for i, role := range []string{"ma01", "ma02"} {
-		c := RoleConfig{Members: []string{"a", "b", "c"}[:2+dice.IntN(2)], Active: []string{"a", "b"}[i*dice.IntN(2)], Hooks: hooks, Scope: scope}
+		c := RoleConfig{Members: []string{"a", "b", "c"}[:2+dice.IntN(2)], Active: []string{"a", "b"}[i*dice.IntN(2)], Hooks: hooks, Scope: s.scope}
 		s.opt.Roles[role] = c
 		for name, b := range s.backends {
-			b.serves[role] = name == c.Active || !slices.Contains(hooks, HookPromote)
+			of := s.partOf(role)
+			b.serves[of] = b.serves[of] || name == c.Active || !slices.Contains(hooks, HookPromote)
 		}
 	}
 	for i := range 2 + dice.IntN(2) {
 		s.hosts = append(s.hosts, newSimHost(s, fmt.Sprintf("f%d", i)))
 	}
-	s.note("leased %v, hooks %v, scope %s, residues age %v", s.leased, hooks, scope, s.opt.ResidueMaxAge > 0)
+	s.note("leased %v, hooks %v, scope %s, residues age %v", s.leased, hooks, s.scope, s.opt.ResidueMaxAge > 0)
 	return s
 }
 
