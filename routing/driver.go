@@ -89,7 +89,7 @@ func decide(s *State, d driving, isOver, agesOut bool) (move, string) {
 		return moveRun, string(HookProve)
 	case row.Switch.has(hook) && d.ran != row.Phase:
 		return moveRun, string(hook)
-	case blocked == "" || row.Phase != PhaseHold && !needsProof:
+	case blocked == "":
 		return moveAdvance, ""
 	case canAbort && len(missing) == 0 && !agesOut:
 		return moveAbort, blocked // waiting would only keep the logins parked
