@@ -31,7 +31,7 @@ func (h *hookSite) yaml(before ...string) string {
 // Every message that was acknowledged, by OK or by 250, is on the active in the
 // end; nobody was refused by a switch that opened, and nobody was on both sides.
 func TestSwitchesOfAMirroredPair(t *testing.T) {
-	const switches, kills = 16, 3
+	const switches, kills = 12, 3
 	users := userNames(12)
 	clients, readers := users[:8], users[8:]
 	h, a, b := newHookedPair(t, users...)
@@ -45,14 +45,14 @@ func TestSwitchesOfAMirroredPair(t *testing.T) {
 		t.Cleanup(crowds[i].stop)
 		crowds[i].everybodyLogsIn(t, time.Now().Add(-time.Minute))
 	}
-	parcels := make([]*parcel, 6000)
+	parcels := make([]*parcel, 3000)
 	var loaders [3]loader
 	for i := range parcels {
 		parcels[i] = newParcel(at("example.org", readers[i%4])...)
 	}
 	for i, p := range frontends {
 		loaders[i] = loader{address: p.lmtp(), connections: 2, pause: 200 * time.Millisecond}
-		loaders[i].start(t, parcels[2000*i:2000*i+2000])
+		loaders[i].start(t, parcels[1000*i:1000*i+1000])
 		t.Cleanup(loaders[i].stop)
 	}
 
