@@ -27,7 +27,7 @@ func newDrivenSite(t *testing.T) *drivenSite {
 	users := userNames(6)
 	h, a, b := newHookedPair(t, users...)
 	s := takesMail(newSite(t, a.backend(), b.backend(), users...)).shared(newEtcd(t), "2s")
-	s.limits = "hold_window: 28s, switch_budget: 25s"
+	s.limits = "hold_window: 28s, switch_budget: 25s, entry_rate: 5000"
 	s.hooks = h.yaml(filepath.Join(h.dir, "patient")) // a site's own, in front of the shipped ones
 	d := &drivenSite{a: a, b: b, witness: &witness{users: users},
 		mirrored: &mirrored{role: "ma01", active: "a", standby: "b", users: users, hooks: h, servers: map[string]hookedCyrus{"a": a, "b": b}}}

@@ -16,7 +16,7 @@ import (
 // processes.
 
 // pace is a set of limits short enough to see an abort within a test.
-const pace = "hold_window: 12s, drain_timeout: 3s, switch_budget: 6s"
+const pace = "hold_window: 12s, drain_timeout: 3s, switch_budget: 6s, undo_reserve: 2s"
 
 // TestSafety01 is the one that a naive frontend fails: a client pipelines 400
 // COPYs and resets. The gate is empty at once, yet a works on. A switch must
