@@ -23,7 +23,7 @@ type outages struct {
 }
 
 // outageWindow is how long a login waits.
-const outageWindow = 10 * time.Second
+const outageWindow = 11 * time.Second
 
 // gatedHook begins, and ends once its gate is open: as long as the file shut.STEP
 // exists it does not. With fails.STEP it fails.
