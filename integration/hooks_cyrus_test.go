@@ -262,6 +262,8 @@ func cyrusHooksBacklog(t *testing.T) {
 func cyrusHooksProof(t *testing.T) {
 	s, a, b := newHookedPair(t, "u0001", "u0002")
 	s.number++
+	a.demoteWantsItsPeer(t, s, call{step: "demote", from: "a", to: "b", number: s.number, attempt: 1})
+	s.number++
 	prove := call{step: "prove", from: "a", to: "b", number: s.number, attempt: 1}
 	s.finally(t, 0, prove)
 	for _, port := range []string{":110", ":24", ":4190", ":143"} {
@@ -293,6 +295,23 @@ func cyrusHooksProof(t *testing.T) {
 	}
 	s.must(t, 0, call{step: "prove", from: "a", to: "b", number: s.number + 1, attempt: 1}) // nothing but a replica there
 	b.mustBe(t, "replica")
+}
+
+// demoteWantsItsPeer: the running sync_client sends to the sync_host that it read
+// at its start. If that may be another one than demote counts on, nobody is stopped.
+func (a hookedCyrus) demoteWantsItsPeer(t testing.TB, s *hookSite, demote call) {
+	t.Helper()
+	master, rolling, conf := a.master(t), a.only(t, "sync_client "), filepath.Join(a.etc(), "imapd.conf")
+	must(t, os.Chtimes(conf, time.Time{}, time.Now()))
+	s.must(t, 1, demote, "has changed since sync_client")
+	a.mustBe(t, "master")
+	if now := a.master(t); now != master {
+		t.Errorf("a was restarted: %d, then %d", master, now)
+	}
+	must(t, syscall.Kill(rolling, syscall.SIGTERM))
+	within(t, 10*time.Second, "master starts another", func() bool {
+		return slices.ContainsFunc(a.processes(), func(p process) bool { return p.pid != rolling && strings.Contains(p.command, "sync_client ") })
+	})
 }
 
 // cyrusHooksUndoDemote: b dies during a switch. a serves again, and what the
