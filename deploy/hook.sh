@@ -3,8 +3,8 @@
 # calls, the way to another host, the steps of a switch. They source it and
 # define what it calls:
 #
-#	configs        prints the configuration files of the instance, one a line: a
-#	               process with one of them among its arguments belongs to it
+#	config_of PART prints the instance's configuration file as that part
+#	members        prints the ids of the instance's processes
 #	part           prints master, replica, remains (processes, but no server) or stopped
 #	ready PART     says whether the instance, which is that part, takes connections
 #	run_as PART    becomes the server
@@ -69,24 +69,54 @@ command_for() {
 	timeout --foreground -k 1 "$limit" "$@" </dev/null 9>&-
 }
 
-# with FILE… prints the ids of the processes that have one of the files as an
-# argument of their own. Zombies have none.
-with() {
+# seen OPTION FILE… prints id, program and file of each process that has one of
+# the files as the argument of that option: who only looks at a file is none of
+# the instance's. A start of our own has it behind --of. Zombies have no arguments.
+# What is not seen would count as gone, so this must not fail quietly: xargs has
+# come to its end, and this process itself was seen.
+seen() {
 	(
 		set +f
-		cd /proc || exit 1
-		printf '%s\n' "$@" | grep -lzxF -f - -- [0-9]*/cmdline 2>/dev/null | cut -d/ -f1
+		option=$1
+		shift
+		cd /proc || blind
+		{
+			printf '%s\0' [0-9]*/cmdline | xargs -0 grep -azH -- '' 2>/dev/null || [ $? = 123 ] || exit 1 # 123: some have ended
+			printf '\0end:\0'
+		} | tr '\n\0' ' \n' | awk -v me="$$" '
+			BEGIN {
+				for (i = 2; i < ARGC; i++) files[ARGV[i]]
+				option = substr(ARGV[1], 2) # or awk would see itself
+				ARGC = 1
+			}
+			{ at = index($0, ":"); id = substr($0, 1, at - 1) + 0; word = substr($0, at + 1) }
+			id != last { last = id; program = word; sub(/ .*/, "", program); sub(/.*\//, "", program); before = "" }
+			id == me { self = 1 }
+			(before == option || before == "--of") && word in files { print id, program, word }
+			{ before = word; end = $0 == "end:" }
+			END { exit !(self && end) }' ":$option" "$@" || blind
 	)
 }
 
-# members prints the ids of the instance's processes.
-members() {
-	IFS='
-'
-	# shellcheck disable=SC2046 # one word a line
-	set -- $(configs)
-	unset IFS
-	with "$@"
+blind() {
+	say "cannot see the processes of this host" >&2
+	kill -s TERM $$
+	exit 1
+}
+
+# with OPTION FILE… prints the ids alone.
+with() { seen "$@" | cut -d' ' -f1 | uniq; }
+
+# is PART says whether the instance is that part, and waits until it takes
+# connections: it may have been started just now.
+is() {
+	[ "$(part)" = "$1" ] || return 1
+	until=$(($(hundredths) + limit * 100))
+	until ready "$1"; do
+		[ "$(part)" = "$1" ] || return 1
+		[ "$(hundredths)" -lt "$until" ] || later "is a $1, but takes no connections"
+		sleep 0.05
+	done
 }
 
 # tally_of STEP prints the place of a step in a switch.
@@ -158,11 +188,8 @@ do_register() { :; }
 
 # do_replica makes sure that the instance is no master.
 do_replica() {
-	case $(part) in
-	replica) ;;
-	master) fail "is a master" ;;
-	*) restart_as replica ;;
-	esac
+	[ "$(part)" != master ] || fail "is a master"
+	is replica || restart_as replica
 }
 
 # do_fence ends the instance and leaves it so: what starts it next is a hook, or
@@ -329,10 +356,9 @@ start_as() {
 	read -r up _ </proc/uptime
 	printf '%s\n' "$(cat /proc/sys/kernel/random/boot_id) $((${up%.*} + 60)) $1" >"$state/$name.ticket"
 	command_for start || later "the start command failed"
-	tries=0
+	until=$(($(hundredths) + limit * 100))
 	until [ "$(part)" = "$1" ] && ready "$1"; do
-		tries=$((tries + 1))
-		[ "$tries" -lt "$((limit * 20))" ] || later "does not come up as $1"
+		[ "$(hundredths)" -lt "$until" ] || later "does not come up as $1"
 		sleep 0.05
 	done
 	say "runs as $1"
@@ -440,7 +466,7 @@ main() {
 		name=${2:?which instance?}
 		dir=$(setting "$name.dir")
 		[ -n "$dir" ] || fail "$config does not know it"
-		exec "$0" -c "$config" --run "$name" "$(configs | head -n 1)"
+		exec "$0" -c "$config" --run "$name" --of "$(config_of master)"
 		;;
 	--run)
 		name=$2
