@@ -5,6 +5,7 @@
 #
 #	config_of PART prints the instance's configuration file as that part
 #	members        prints the ids of the instance's processes
+#	check_instance refuses an instance that is laid out in another way
 #	part           prints master, replica, remains (processes, but no server) or stopped
 #	ready PART     says whether the instance, which is that part, takes connections
 #	run_as PART    becomes the server
@@ -46,7 +47,7 @@ check_config() {
 	while IFS= read -r line || [ -n "$line" ]; do
 		case ${line%%=*} in
 		'' | '#'*) ;;
-		ssh | start | stop | ask | state | limit | catch_up_all | program | doveadm | compare) ;;
+		ssh | start | stop | ask | state | limit | catch_up_all | catch_up_users | program | doveadm | compare) ;;
 		*.host | *.dir | *.peer | *.roles | *.sync | *.mail | *.off) ;;
 		*) fail "$config: unknown key: ${line%%=*}" ;;
 		esac
@@ -66,8 +67,25 @@ command_for() {
 		case $word in *%*) word=${word%%%*}$name${word#*%} ;; esac
 		set -- "$@" "$word"
 	done
-	timeout --foreground -k 1 "$limit" "$@" </dev/null 9>&-
+	timeout --foreground -k 1 "$(left)" "$@" </dev/null 9>&-
 }
+
+# hundredths is a clock that nobody sets.
+hundredths() {
+	read -r up _ </proc/uptime
+	echo "${up%.*}${up#*.}"
+}
+
+# deadline_in SECONDS gives what follows so much time, all together.
+deadline_in() { deadline=$(($(hundredths) + $1 * 100)); }
+
+# left prints the seconds that are left of it, at least one.
+left() {
+	set -- $(((deadline - $(hundredths)) / 100))
+	if [ "$1" -ge 1 ]; then echo "$1"; else echo 1; fi
+}
+
+over() { [ "$(hundredths)" -ge "$deadline" ]; }
 
 # seen OPTION FILE… prints id, program and file of each process that has one of
 # the files as the argument of that option: who only looks at a file is none of
@@ -108,13 +126,13 @@ blind() {
 with() { seen "$@" | cut -d' ' -f1 | uniq; }
 
 # is PART says whether the instance is that part, and waits until it takes
-# connections: it may have been started just now.
+# connections: it may have been started just now. It is not where a stop was begun
+# and did not come to its end: whoever does the stopping may be at it still.
 is() {
-	[ "$(part)" = "$1" ] || return 1
-	until=$(($(hundredths) + limit * 100))
+	[ "$(part)" = "$1" ] && [ ! -e "$state/$name.stopping" ] || return 1
 	until ready "$1"; do
 		[ "$(part)" = "$1" ] || return 1
-		[ "$(hundredths)" -lt "$until" ] || later "is a $1, but takes no connections"
+		! over || later "is a $1, but takes no connections"
 		sleep 0.05
 	done
 }
@@ -130,27 +148,51 @@ tally_of() {
 
 # admit takes the instance's lock for the rest of this process, refuses a call
 # that a newer one has overtaken, and remembers this one. Who dies loses the
-# lock; who hangs keeps it, and the newer call waits.
+# lock. Who hangs is waited for by its equals; a newer call gives it a second and
+# ends it then, with what it has started in its process group.
 admit() {
-	exec 9>"$state/$name.lock"
-	flock -w "$limit" 9 || later "an earlier call still works on this instance"
 	rank=$(tally_of "$step")
-	if [ -s "$state/$name.last" ]; then
-		read -r o_switch o_epoch o_attempt o_rank o_role o_step <"$state/$name.last"
-		is="$step of $role, epoch $epoch, attempt $attempt, switch $switch"
-		was="$o_step of $o_role, epoch $o_epoch, attempt $o_attempt, switch $o_switch"
-		if [ "$switch" -lt "$o_switch" ] || { [ "$role" = "$o_role" ] && [ "$epoch" -lt "$o_epoch" ]; }; then
-			fail "refused: $is: this instance has seen $was. If the role table was set up anew, remove $state/$name.last"
-		fi
-		if [ "$switch" -eq "$o_switch" ] && { [ "$attempt" -lt "$o_attempt" ] ||
-			{ [ "$attempt" -eq "$o_attempt" ] && [ "$rank" -lt "$o_rank" ]; }; }; then
-			fail "refused: $is: this instance has seen $was"
-		fi
+	exec 9>>"$state/$name.lock"
+	if ! flock -w 1 9; then
+		judge
+		[ -z "$newer" ] || overtake
+		flock -w "$(left)" 9 || later "an earlier call still works on this instance"
 	fi
+	judge
 	printf '%s\n' "$switch $epoch $attempt $rank $role $step" >"$state/$name.new"
 	sync "$state/$name.new"
 	mv "$state/$name.new" "$state/$name.last"
 	sync "$state"
+	echo $$ >"$state/$name.holder"
+}
+
+# judge refuses a call that is older than the last one, and says in newer whether
+# it is a newer one.
+judge() {
+	newer=
+	[ -s "$state/$name.last" ] || return 0
+	read -r o_switch o_epoch o_attempt o_rank o_role o_step <"$state/$name.last"
+	is="$step of $role, epoch $epoch, attempt $attempt, switch $switch"
+	was="$o_step of $o_role, epoch $o_epoch, attempt $o_attempt, switch $o_switch"
+	if [ "$switch" -lt "$o_switch" ] || { [ "$role" = "$o_role" ] && [ "$epoch" -lt "$o_epoch" ]; }; then
+		fail "refused: $is: this instance has seen $was. If the role table was set up anew, remove $state/$name.last"
+	fi
+	if [ "$switch" -eq "$o_switch" ] && { [ "$attempt" -lt "$o_attempt" ] ||
+		{ [ "$attempt" -eq "$o_attempt" ] && [ "$rank" -lt "$o_rank" ]; }; }; then
+		fail "refused: $is: this instance has seen $was"
+	fi
+	[ "$switch $attempt $rank" = "$o_switch $o_attempt $o_rank" ] || newer=1
+}
+
+# overtake ends the call that has the lock, if it has: the file is open there (as
+# 9, or wherever the shell keeps it while it redirects).
+overtake() {
+	read -r holder 2>/dev/null <"$state/$name.holder" || return 0
+	[ -n "$(find "/proc/$holder/fd" -lname "$(readlink "/proc/$$/fd/9")" 2>/dev/null)" ] || return 0
+	group=$(ps -o pgid= -p "$holder" | tr -d ' ')
+	if [ "$group" = "$(ps -o pgid= -p $$ | tr -d ' ')" ]; then group=$holder; else group=-$group; fi
+	say "ends an earlier call: $was"
+	kill -s KILL -- "$group" 2>/dev/null || :
 }
 
 # at OP NAME SWITCH EPOCH ATTEMPT STEP ROLE PEER runs one stage on this host. A
@@ -171,10 +213,11 @@ at() {
 	prove:prove | demote:demote | catch_up:catch_up | list:catch_up | agree:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
 	*) fail "refused: no step" ;;
 	esac
-	dir=$(setting "$name.dir")
-	[ -n "$dir" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
+	[ -n "$(setting "$name.dir")" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
+	find_instance
 	# It comes with the number of the failover, which is over: whoever drove it.
 	[ "$step" != rejoin ] || attempt=999999999
+	deadline_in "$limit"
 	case $op:$step in
 	# They leave the instance as it is. It may have become the active by a later
 	# switch than that failover, and no switch waits until all is copied.
@@ -182,6 +225,13 @@ at() {
 	*) admit ;;
 	esac
 	"do_$op"
+}
+
+# find_instance sets dir as the instance's processes have it among their arguments:
+# without a slash at its end, and with its symbolic links.
+find_instance() {
+	dir=$(realpath -s -- "$(setting "$name.dir")") || fail "$name.dir is no directory"
+	check_instance
 }
 
 do_register() { :; }
@@ -221,15 +271,33 @@ on() {
 		"$0" -c "$config" --at "$@" <&8 9>&-
 		return
 	fi
-	# A host whose disk has died may answer and never end.
-	patience=
-	[ "$POSTHOUSE_STEP" != fence ] || patience="timeout --foreground -k 1 $limit"
+	# A host whose disk has died may answer and never end. One that lives ends its
+	# stage itself within the limit. Only a rejoin takes as long as it takes.
+	case $POSTHOUSE_STEP in
+	rejoin) set -- '' "$*" ;;
+	*) set -- "timeout --foreground -k 1 ${patience:-$((limit + 2))}" "$*" ;;
+	esac
+	status=0
 	set -f
 	# shellcheck disable=SC2046,SC2086 # the command's words
-	$patience $(setting ssh 'ssh -o BatchMode=yes -o ConnectTimeout=3') "$where" "$*" <&8 || case $? in
+	$1 $(setting ssh 'ssh -o BatchMode=yes -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2') "$where" "$2" <&8 || status=$?
+	set +f
+	case $status in
 	124 | 137) return 255 ;;
-	*) return $? ;;
+	*) return "$status" ;;
 	esac
+}
+
+# try NAME OP … is on, for a host that may be dead: it gets a third of the time, so
+# that the undoing, which has little, comes to its end.
+try() {
+	patience=$(((limit + 2) / 3))
+	on "$@" || case $? in
+	255) say "$1: its host cannot be reached, or does not answer: going on without it" ;;
+	75) exit 75 ;;
+	*) exit 1 ;;
+	esac
+	patience=
 }
 
 # must NAME OP … is on, and the end of the hook where it fails.
@@ -237,7 +305,7 @@ must() {
 	on "$@" && return
 	case $? in
 	75) exit 75 ;;
-	255) later "$1: its host cannot be reached" ;;
+	255) later "$1: its host cannot be reached, or does not answer in time" ;;
 	*) exit 1 ;;
 	esac
 }
@@ -259,6 +327,7 @@ fence() {
 	say "$from: $why: cutting its power"
 	must "$to" register "$from" # that has taken time: a newer call may have come
 	name=$from
+	deadline_in "$limit"
 	command_for "$from.off" || fail "$from.off ended with $?: no proof that it is off"
 	say "is off, by $from.off"
 }
@@ -322,11 +391,7 @@ hook() {
 		# What was begun may be on its way still. Whoever registers here waits
 		# for it, and nothing older gets in afterwards.
 		# A dead host lets nothing in.
-		[ -z "$from" ] || on "$from" register "$to" || case $? in
-		255) say "$from: its host cannot be reached: going on without it" ;;
-		75) exit 75 ;;
-		*) exit 1 ;;
-		esac
+		[ -z "$from" ] || try "$from" register "$to"
 		must "$to" undo_promote "$from"
 		;;
 	undo_demote)
@@ -334,11 +399,7 @@ hook() {
 		# A dead host must not keep the role from going back to a living one. It is
 		# no master: a promotion that was begun has been through undo_promote,
 		# which insists; and when it boots it asks the table.
-		on "$to" replica "$from" || case $? in
-		255) say "$to: its host cannot be reached: going on without it" ;;
-		75) exit 75 ;;
-		*) exit 1 ;;
-		esac
+		try "$to" replica "$from"
 		must "$from" undo_demote "$to"
 		;;
 	esac
@@ -356,9 +417,8 @@ start_as() {
 	read -r up _ </proc/uptime
 	printf '%s\n' "$(cat /proc/sys/kernel/random/boot_id) $((${up%.*} + 60)) $1" >"$state/$name.ticket"
 	command_for start || later "the start command failed"
-	until=$(($(hundredths) + limit * 100))
 	until [ "$(part)" = "$1" ] && ready "$1"; do
-		[ "$(hundredths)" -lt "$until" ] || later "does not come up as $1"
+		! over || later "does not come up as $1"
 		sleep 0.05
 	done
 	say "runs as $1"
@@ -368,6 +428,7 @@ start_as() {
 # by force, which also ends one that was stopped by a signal.
 stop_all() {
 	rm -f "$state/$name.ticket"
+	: >"$state/$name.stopping"
 	command_for stop || say "the stop command failed"
 	began=$(hundredths) sent=
 	while left=$(members) && [ -n "$left" ]; do
@@ -384,22 +445,18 @@ stop_all() {
 		[ -n "$signal" ] || ! spent $left || signal=KILL
 		# shellcheck disable=SC2086
 		[ -z "$signal" ] || kill -s "$signal" $left 2>/dev/null || :
-		[ "$waited" -lt "$((limit * 100))" ] || later "cannot be stopped: $left"
+		! over || later "cannot be stopped: $left"
 		sleep 0.05
 	done
+	rm -f "$state/$name.stopping"
 	stopped
 }
 
-# hundredths is a clock that nobody sets.
-hundredths() {
-	read -r up _ </proc/uptime
-	echo "${up%.*}${up#*.}"
-}
-
 # part_of_this_start decides what an instance that starts is: what the hook that
-# starts it says, else what the role table says, else replica. But what died as
-# master with mail that its peer lacks may have been left behind by a failover:
-# its peer would write over that mail before a rejoin has kept it.
+# starts it says, else what the role table says, else replica. But one that a
+# failover has left behind starts by a rejoin only, and what died as master with
+# mail that its peer lacks may be one: its peer would write over that mail before
+# a rejoin has kept it.
 part_of_this_start() {
 	if [ -s "$state/$name.ticket" ]; then
 		read -r boot until part <"$state/$name.ticket"
@@ -412,7 +469,7 @@ part_of_this_start() {
 	fi
 	if is_active; then
 		echo master
-	elif [ -n "$(unsent)" ]; then
+	elif is_stale || [ -n "$(unsent)" ]; then
 		echo none
 	else
 		echo replica
@@ -427,13 +484,20 @@ is_active() {
 	[ -n "$roles" ] || return 1
 	set -f
 	# shellcheck disable=SC2046 # the command's words
-	table=$(timeout 5 $(setting ask 'posthouse roles -o json') </dev/null) || return 1
+	table=$(timeout 5 $(setting ask 'posthouse roles -o json') </dev/null) || table=
 	set +f
+	case $table in '['*) ;; *) return 1 ;; esac # jq -e takes nothing for no error
 	for role in $roles; do
 		printf '%s\n' "$table" | jq -e --arg role "$role" --arg me "$name" \
 			'[.[] | select(.role == $role)] | length == 1 and all(.active == $me and .phase == "open" and (.in_doubt | not) and (.blocked // "") == "")' \
 			>/dev/null 2>&1 || return 1
 	done
+}
+
+# is_stale says whether the table that is_active has seen names this backend as
+# left behind in any role.
+is_stale() {
+	[ "$(printf '%s\n' "${table-}" | jq --arg me "$name" 'any(.[]; .stale // {} | has($me))' 2>/dev/null)" = true ]
 }
 
 # main is the command line: -c FILE STEP | run NAME | --remote.
@@ -445,7 +509,9 @@ main() {
 	fi
 	check_config
 	state=$(setting state /var/lib/posthouse-hooks)
-	limit=$(setting limit 15)
+	limit=$(setting limit 10)
+	deadline_in "$limit"
+	patience=
 	name=
 	case ${1-} in
 	run | --run | --at | --remote)
@@ -464,16 +530,16 @@ main() {
 		# From here on this process counts as one of the instance: a hook that
 		# stops the instance ends it too, before it has acted on an old answer.
 		name=${2:?which instance?}
-		dir=$(setting "$name.dir")
-		[ -n "$dir" ] || fail "$config does not know it"
+		[ -n "$(setting "$name.dir")" ] || fail "$config does not know it"
+		find_instance
 		exec "$0" -c "$config" --run "$name" --of "$(config_of master)"
 		;;
 	--run)
 		name=$2
-		dir=$(setting "$name.dir")
+		find_instance
 		part=$(part_of_this_start)
 		if [ "$part" = none ]; then
-			say "does not start: by the role table it is not the active, and it has" $(unsent) "that it had not sent." \
+			say "does not start: by the role table it is not the active, and is stale or had not sent all (" $(unsent) ")." \
 				"\`posthouse rejoin\` starts it; or start it again when the table says that it is the active"
 			exit 0
 		fi

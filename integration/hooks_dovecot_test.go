@@ -41,7 +41,6 @@ default_login_user = nobody
 default_internal_user = daemon
 default_internal_group = daemon
 first_valid_uid = 1
-mail_max_userip_connections = 0
 auth_failure_delay = 0
 passdb {
   driver = static
@@ -65,7 +64,7 @@ func newHookedDovecot(t testing.TB, name string) hookedDovecot {
 	writeFile(t, filepath.Join(dir, "master-users"), "proxy:{PLAIN}"+password+"\n")
 	writeFile(t, filepath.Join(d.etc(), "users.conf"), strings.ReplaceAll(usersConf, "$MAIL", d.mailDir()))
 	expand := strings.NewReplacer("@RUN@", filepath.Join(dir, "run"), "@DATA@", dir, "@DIR@", d.etc(), "@NAME@", prefix,
-		"@ADDRESS@", d.host, "@PASSWORD@", password)
+		"@ADDRESS@", d.host, "@PASSWORD@", password, "@FRONTENDS@", "127.0.0.0/8")
 	for _, file := range []string{"common.conf", "dovecot.conf", "dovecot-replica.conf"} {
 		writeFile(t, filepath.Join(d.etc(), file), expand.Replace(readFile(t, filepath.Join(lab.repo, "deploy/dovecot/instance", file))))
 	}

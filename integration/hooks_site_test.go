@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -34,9 +35,11 @@ func (e hookEnd) String() string {
 }
 
 // playsSSH runs what authorized_keys would: the forced command, with the request
-// in the environment. As long as the file `down` exists, its host is not reached.
+// in the environment. As long as the file `down` exists, its host is not reached; with
+// `hangs` it does not answer.
 const playsSSH = `#!/bin/sh
 [ ! -e $DIR/down ] || exit 255
+while [ -e $DIR/hangs ]; do sleep 0.02; done
 patient=
 case $2 in "promote "*) patient=$DIR/patient ;; esac
 SSH_ORIGINAL_COMMAND=$2 exec $patient $SCRIPT -c $DIR/remote.conf --remote
@@ -117,7 +120,7 @@ func newHookSite(t testing.TB, script, adir, bdir, extra string) *hookSite {
 	for name, content := range map[string]string{"ssh": playsSSH, "systemctl": playsSystemd, "patient": patient} {
 		must(t, os.WriteFile(filepath.Join(dir, name), []byte(expand.Replace(content)), 0o755))
 	}
-	const common = "ssh=$DIR/ssh\nask=cat $DIR/table\nstate=$DIR/state-$HERE\nlimit=6\nstart=$DIR/systemctl % $HERE\n" +
+	const common = "ssh=$DIR/ssh\nask=cat $DIR/table\nstate=$DIR/state-$HERE\nlimit=8\nstart=$DIR/systemctl % $HERE\n" +
 		"a.dir=$A\na.peer=b\na.roles=ma01\nb.dir=$B\nb.peer=a\nb.roles=ma01\n"
 	for here, host := range map[string]string{"local": "b.host=root@there\n", "remote": "a.host=root@here\n"} {
 		expand := strings.NewReplacer("$DIR", dir, "$A", adir, "$B", bdir, "$HERE", here)
@@ -175,6 +178,7 @@ func (s *hookSite) call(t testing.TB, c call) hookEnd {
 		fmt.Sprint("POSTHOUSE_SWITCH=", c.number), fmt.Sprint("POSTHOUSE_EPOCH=", epoch), "POSTHOUSE_STEP="+c.step,
 		fmt.Sprint("POSTHOUSE_ATTEMPT=", c.attempt), "POSTHOUSE_USERS="+seen)
 	cmd.WaitDelay = time.Second
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // as posthouse does
 	began := time.Now()
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError

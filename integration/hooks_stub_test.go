@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -24,10 +25,18 @@ func newHookStub(t testing.TB, lines string) hookStub {
 		must(t, os.MkdirAll(filepath.Join(dir, sub), 0o755))
 	}
 	writeFile(t, filepath.Join(s.etc, "imapd.conf"), "configdirectory: "+dir+"/conf\n")
+	writeFile(t, filepath.Join(s.etc, "cyrus-master.conf"), "")
+	writeFile(t, filepath.Join(s.etc, "cyrus-replica.conf"), "")
 	expand := strings.NewReplacer("$DIR", dir)
 	writeFile(t, s.conf, expand.Replace("a.dir=$DIR/etc\na.peer=b\na.roles=ma01\nb.host=nowhere\nb.peer=a\nstate=$DIR/state\nprogram=$DIR/bin\nlimit=2\n"+lines))
-	must(t, os.WriteFile(filepath.Join(dir, "bin/master"), []byte("#!/bin/sh\necho has become master $*\n"), 0o755))
+	s.program(t, "master", "echo becomes $*")
 	return s
+}
+
+// program gives the stub a program.
+func (s hookStub) program(t testing.TB, name, script string) {
+	t.Helper()
+	must(t, os.WriteFile(filepath.Join(s.dir, "bin", name), []byte("#!/bin/sh\n"+script+"\n"), 0o755))
 }
 
 // run starts the instance as its host does and returns what it says.
@@ -41,7 +50,12 @@ func (s hookStub) run(t testing.TB) string {
 // at runs one stage of a step on a.
 func (s hookStub) at(t testing.TB, op, step string, number int) (string, error) {
 	t.Helper()
-	return runTool(t, 20*time.Second, nil, s.script, "-c", s.conf, "--at", op, "a", fmt.Sprint(number), fmt.Sprint(100+number), "1", step, "ma01", "b")
+	return s.give(t, "", op, step, number)
+}
+
+func (s hookStub) give(t testing.TB, input, op, step string, number int) (string, error) {
+	t.Helper()
+	return runTool(t, 20*time.Second, strings.NewReader(input), s.script, "-c", s.conf, "--at", op, "a", fmt.Sprint(number), fmt.Sprint(100+number), "1", step, "ma01", "b")
 }
 
 // process runs something by the name of program, with these arguments.
@@ -98,5 +112,114 @@ func TestHookReady(t *testing.T) {
 	s.process(t, "imapd", "-C", s.etc+"/imapd.conf")
 	if out, err := s.at(t, "promote", "promote", 2); err != nil || !strings.Contains(out, "is a master already") {
 		t.Errorf("promote: %v: %s", err, out)
+	}
+}
+
+// TestHookPendingStop: a hook was killed while something was stopping the instance
+// for it: that may go on, so that what is there still will not stay.
+func TestHookPendingStop(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "start=touch $DIR/started\n")
+	old := s.process(t, "/x/master", "-C", s.etc+"/imapd.conf", "-M", s.etc+"/cyrus-master.conf")
+	s.process(t, "imapd", "-C", s.etc+"/imapd.conf")
+	writeFile(t, filepath.Join(s.dir, "state/a.stopping"), "")
+	if out, _ := s.at(t, "undo_demote", "undo_demote", 1); strings.Contains(out, "already") {
+		t.Errorf("undo_demote trusts it: %s", out)
+	}
+	if err := old.Wait(); err == nil {
+		t.Error("it was not ended")
+	}
+	if _, err := os.Stat(filepath.Join(s.dir, "started")); err != nil {
+		t.Errorf("nothing was started: %v", err)
+	}
+}
+
+// TestHookStarts: an instance that starts by itself is what the table says, but
+// one that has something to lose is nothing.
+func TestHookStarts(t *testing.T) {
+	t.Parallel()
+	const open = `{"role":"ma01","active":"b","phase":"open","in_doubt":false}`
+	const stale = `{"role":"ma02","active":"b","phase":"open","in_doubt":false,"stale":{"a":{"number":3}}}`
+	for name, test := range map[string]struct{ table, log, want string }{
+		"replica":            {"[" + open + "]", "", "cyrus-replica.conf"},
+		"unsent":             {"[" + open + "]", "log", "does not start"},
+		"unsent, no answer":  {"", "flush.1", "does not start"},
+		"nothing, no answer": {"", "", "cyrus-replica.conf"},
+		"an empty answer":    {" \n", "", "cyrus-replica.conf"},
+		"stale":              {"[" + open + "," + stale + "]", "", "does not start"},
+		"another is stale":   {"[" + open + "," + strings.Replace(stale, `"a"`, `"c"`, 1) + "]", "", "cyrus-replica.conf"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newHookStub(t, "ask=cat $DIR/table\n")
+			if test.table != "" {
+				writeFile(t, filepath.Join(s.dir, "table"), test.table)
+			}
+			if test.log != "" {
+				writeFile(t, filepath.Join(s.dir, "conf/sync", test.log), "USER u0001\n")
+			}
+			if out := s.run(t); !strings.Contains(out, test.want) {
+				t.Errorf("it says %q", out)
+			}
+		})
+	}
+}
+
+// TestHookLayout: what the hooks would not recognise is refused.
+func TestHookLayout(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "a.dir=$DIR/conf/../etc/\n")
+	if out, err := s.at(t, "fence", "fence", 1); err != nil {
+		t.Errorf("with another spelling of the directory: %v: %s", err, out)
+	}
+	member := s.process(t, "imapd", "-C", s.etc+"/imapd.conf")
+	if out, err := s.at(t, "fence", "fence", 2); err != nil {
+		t.Errorf("fence: %v: %s", err, out)
+	}
+	if err := member.Wait(); err == nil {
+		t.Error("a process of the instance was not ended")
+	}
+	writeFile(t, filepath.Join(s.etc, "cyrus-master.conf"), "SERVICES {\n  imap cmd=\"imapd -C "+s.etc+"/imapd.conf -s\" listen=\"143\"\n  # pop3 cmd=\"pop3d\"\n"+
+		"  lmtp cmd=\"lmtpd -a\" listen=\"24\"\n}\n")
+	if out, err := s.at(t, "fence", "fence", 3); err == nil || !strings.Contains(out, "lmtpd") || strings.Contains(out, "imapd -C") || strings.Contains(out, "pop3d") {
+		t.Errorf("with a service that is told no configuration: %v: %s", err, out)
+	}
+	writeFile(t, filepath.Join(s.etc, "imapd.conf"), "@include: other\n")
+	if out, err := s.at(t, "fence", "fence", 4); err == nil || !strings.Contains(out, "no configdirectory") {
+		t.Errorf("without a configdirectory: %v: %s", err, out)
+	}
+}
+
+// TestHookCatchUpBound: sync_client looks at every mailbox of whom it is given; of
+// more than the site says, the log has to do.
+func TestHookCatchUpBound(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "catch_up_users=2\n")
+	s.program(t, "sync_client", "echo \"$*\" >>"+s.dir+"/calls")
+	writeFile(t, filepath.Join(s.dir, "conf/sync/log"), "USER u0001\n")
+	out, err := s.give(t, "some\nu0001\nu0002\nu0003\n", "catch_up", "catch_up", 1)
+	if err != nil || !strings.Contains(out, "3 users are more than catch_up_users") {
+		t.Errorf("catch_up: %v: %s", err, out)
+	}
+	if calls := readFile(t, filepath.Join(s.dir, "calls")); !strings.Contains(calls, " -r ") || strings.Contains(calls, " -u ") {
+		t.Errorf("sync_client was called with %q", calls)
+	}
+	if out, err := s.give(t, "some\nu0001\nu0002\n", "catch_up", "catch_up", 2); err != nil || !strings.Contains(out, "2 names given to sync_client -u") {
+		t.Errorf("catch_up: %v: %s", err, out)
+	}
+}
+
+// TestHookPromotesWhatNeverSent: a replica that was never a master has no sync
+// directory; it must not be stopped for that.
+func TestHookPromotesWhatNeverSent(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "start=touch $DIR/started\n")
+	must(t, os.Remove(filepath.Join(s.dir, "conf/sync")))
+	must(t, os.Chown(filepath.Join(s.dir, "conf"), 1, 1))
+	s.at(t, "promote", "promote", 1)
+	if _, err := os.Stat(filepath.Join(s.dir, "started")); err != nil {
+		t.Errorf("nothing was started: %v", err)
+	}
+	if info, err := os.Stat(filepath.Join(s.dir, "conf/sync")); err != nil || info.Sys().(*syscall.Stat_t).Uid != 1 {
+		t.Errorf("the sync log has no directory of Cyrus's: %v %+v", err, info)
 	}
 }
