@@ -47,7 +47,7 @@ check_config() {
 	while IFS= read -r line || [ -n "$line" ]; do
 		case ${line%%=*} in
 		'' | '#'*) ;;
-		ssh | start | stop | ask | state | limit | catch_up_all | catch_up_users | program | doveadm | compare) ;;
+		ssh | start | stop | ask | ask_for | state | limit | catch_up_all | catch_up_users | program | doveadm | compare) ;;
 		*.host | *.dir | *.peer | *.roles | *.sync | *.mail | *.off) ;;
 		*) fail "$config: unknown key: ${line%%=*}" ;;
 		esac
@@ -478,13 +478,15 @@ part_of_this_start() {
 
 # is_active asks the role table whether this backend serves all its roles,
 # openly and beyond doubt. The word of a frontend that lets nobody in does not
-# count: it may be cut off, and what it knows be old.
+# count: it may be cut off, and what it knows be old. After a power cut the
+# frontends may need a while.
 is_active() {
 	roles=$(setting "$name.roles")
 	[ -n "$roles" ] || return 1
+	deadline_in "$(setting ask_for 60)"
 	set -f
 	# shellcheck disable=SC2046 # the command's words
-	table=$(timeout 5 $(setting ask 'posthouse roles -o json') </dev/null) || table=
+	until table=$(timeout 5 $(setting ask 'posthouse roles -o json') </dev/null) || over; do sleep 1; done
 	set +f
 	case $table in '['*) ;; *) return 1 ;; esac # jq -e takes nothing for no error
 	for role in $roles; do

@@ -120,7 +120,7 @@ func newHookSite(t testing.TB, script, adir, bdir, extra string) *hookSite {
 	for name, content := range map[string]string{"ssh": playsSSH, "systemctl": playsSystemd, "patient": patient} {
 		must(t, os.WriteFile(filepath.Join(dir, name), []byte(expand.Replace(content)), 0o755))
 	}
-	const common = "ssh=$DIR/ssh\nask=cat $DIR/table\nstate=$DIR/state-$HERE\nlimit=8\nstart=$DIR/systemctl % $HERE\n" +
+	const common = "ssh=$DIR/ssh\nask=cat $DIR/table\nask_for=0\nstate=$DIR/state-$HERE\nlimit=8\nstart=$DIR/systemctl % $HERE\n" +
 		"a.dir=$A\na.peer=b\na.roles=ma01\nb.dir=$B\nb.peer=a\nb.roles=ma01\n"
 	for here, host := range map[string]string{"local": "b.host=root@there\n", "remote": "a.host=root@here\n"} {
 		expand := strings.NewReplacer("$DIR", dir, "$A", adir, "$B", bdir, "$HERE", here)

@@ -28,7 +28,7 @@ func newHookStub(t testing.TB, lines string) hookStub {
 	writeFile(t, filepath.Join(s.etc, "cyrus-master.conf"), "")
 	writeFile(t, filepath.Join(s.etc, "cyrus-replica.conf"), "")
 	expand := strings.NewReplacer("$DIR", dir)
-	writeFile(t, s.conf, expand.Replace("a.dir=$DIR/etc\na.peer=b\na.roles=ma01\nb.host=nowhere\nb.peer=a\nstate=$DIR/state\nprogram=$DIR/bin\nlimit=2\n"+lines))
+	writeFile(t, s.conf, expand.Replace("a.dir=$DIR/etc\na.peer=b\na.roles=ma01\nb.host=nowhere\nb.peer=a\nstate=$DIR/state\nprogram=$DIR/bin\nlimit=2\nask_for=0\n"+lines))
 	s.program(t, "master", "echo becomes $*")
 	return s
 }
@@ -161,6 +161,16 @@ func TestHookStarts(t *testing.T) {
 				t.Errorf("it says %q", out)
 			}
 		})
+	}
+}
+
+// TestHookAsksAgain: after a power cut nobody may answer at first.
+func TestHookAsksAgain(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "ask=$DIR/bin/ask\nask_for=30\n")
+	s.program(t, "ask", `[ -e $0.asked ] || { touch $0.asked; exit 1; }; echo '[{"role":"ma01","active":"a","phase":"open","in_doubt":false,"blocked":""}]'`)
+	if out := s.run(t); !strings.Contains(out, "cyrus-master.conf") {
+		t.Errorf("it says %q", out)
 	}
 }
 
