@@ -110,7 +110,7 @@ seen() {
 			{ at = index($0, ":"); id = substr($0, 1, at - 1) + 0; word = substr($0, at + 1) }
 			id != last { last = id; program = word; sub(/ .*/, "", program); sub(/.*\//, "", program); before = "" }
 			id == me { self = 1 }
-			(before == option || before == "--of") && word in files { print id, program, word }
+			(before == option || before == "--of") && word in files && !found[id]++ { print id, program, word }
 			{ before = word; end = $0 == "end:" }
 			END { exit !(self && end) }' ":$option" "$@" || blind
 	)
@@ -123,7 +123,7 @@ blind() {
 }
 
 # with OPTION FILE… prints the ids alone.
-with() { seen "$@" | cut -d' ' -f1 | uniq; }
+with() { seen "$@" | cut -d' ' -f1; }
 
 # is PART says whether the instance is that part, and waits until it takes
 # connections: it may have been started just now. It is not where a stop was begun
