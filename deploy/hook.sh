@@ -133,7 +133,7 @@ is() {
 	until ready "$1"; do
 		[ "$(part)" = "$1" ] || return 1
 		! over || later "is a $1, but takes no connections"
-		sleep 0.05
+		sleep 0.02
 	done
 }
 
@@ -411,17 +411,35 @@ restart_as() {
 	start_as "$1"
 }
 
-# start_as PART starts the instance, with a ticket: it is good for one start, in
+# begin_as PART starts the instance, with a ticket: it is good for one start, in
 # this boot, for a minute. Any other start asks the table.
-start_as() {
+begin_as() {
 	read -r up _ </proc/uptime
 	printf '%s\n' "$(cat /proc/sys/kernel/random/boot_id) $((${up%.*} + 60)) $1" >"$state/$name.ticket"
 	command_for start || later "the start command failed"
-	until [ "$(part)" = "$1" ] && ready "$1"; do
+	until [ "$(part)" = "$1" ]; do
+		! over || later "does not start as $1"
+		sleep 0.02
+	done
+}
+
+# start_as PART waits until it takes connections, too.
+start_as() {
+	begin_as "$1"
+	until ready "$1"; do
+		[ "$(part)" = "$1" ] || later "has started as $1 and ended"
 		! over || later "does not come up as $1"
-		sleep 0.05
+		sleep 0.02
 	done
 	say "runs as $1"
+}
+
+# step_down makes a master a replica. Until that takes connections is waited for
+# by whoever needs it next: what its peer lacks is sent from its files.
+step_down() {
+	stop_all
+	begin_as replica
+	say "is a replica now"
 }
 
 # stop_all ends every process of the instance: politely, and after two seconds
@@ -446,7 +464,7 @@ stop_all() {
 		# shellcheck disable=SC2086
 		[ -z "$signal" ] || kill -s "$signal" $left 2>/dev/null || :
 		! over || later "cannot be stopped: $left"
-		sleep 0.05
+		sleep 0.02
 	done
 	rm -f "$state/$name.stopping"
 	stopped
