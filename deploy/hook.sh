@@ -502,16 +502,23 @@ is_active() {
 	roles=$(setting "$name.roles")
 	[ -n "$roles" ] || return 1
 	deadline_in "$(setting ask_for 60)"
-	set -f
-	# shellcheck disable=SC2046 # the command's words
-	until table=$(timeout 5 $(setting ask 'posthouse roles -o json') </dev/null) || over; do sleep 1; done
-	set +f
-	case $table in '['*) ;; *) return 1 ;; esac # jq -e takes nothing for no error
+	until asked || over; do sleep 1; done
 	for role in $roles; do
 		printf '%s\n' "$table" | jq -e --arg role "$role" --arg me "$name" \
 			'[.[] | select(.role == $role)] | length == 1 and all(.active == $me and .phase == "open" and (.in_doubt | not) and (.blocked // "") == "")' \
 			>/dev/null 2>&1 || return 1
 	done
+}
+
+# asked sets table to what a frontend answers; true if one that lets people in did.
+# jq -e takes nothing for no error, so nothing is no table.
+asked() {
+	set -f
+	# shellcheck disable=SC2046 # the command's words
+	table=$(timeout 5 $(setting ask 'posthouse roles -o json') </dev/null) || table=
+	set +f
+	case $table in '['*) ;; *) table='[]' ;; esac
+	[ "$table" != '[]' ] && printf '%s\n' "$table" | jq -e 'all(.[]; (.blocked // "") == "")' >/dev/null 2>&1
 }
 
 # is_stale says whether the table that is_active has seen names this backend as

@@ -35,14 +35,14 @@ func (e hookEnd) String() string {
 }
 
 // playsSSH runs what authorized_keys would: the forced command, with the request
-// in the environment. As long as the file `down` exists, its host is not reached; with
-// `hangs` it does not answer.
+// in the environment. What runs there does not end with the client. As long as the
+// file `down` exists, its host is not reached; with `hangs` it does not answer.
 const playsSSH = `#!/bin/sh
 [ ! -e $DIR/down ] || exit 255
 while [ -e $DIR/hangs ]; do sleep 0.02; done
 patient=
 case $2 in "promote "*) patient=$DIR/patient ;; esac
-SSH_ORIGINAL_COMMAND=$2 exec $patient $SCRIPT -c $DIR/remote.conf --remote
+SSH_ORIGINAL_COMMAND=$2 exec setsid --fork --wait $patient $SCRIPT -c $DIR/remote.conf --remote
 `
 
 // patient hangs in the way of a hook, or of a promotion's part on another host: the

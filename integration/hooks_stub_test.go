@@ -168,7 +168,9 @@ func TestHookStarts(t *testing.T) {
 func TestHookAsksAgain(t *testing.T) {
 	t.Parallel()
 	s := newHookStub(t, "ask=$DIR/bin/ask\nask_for=30\n")
-	s.program(t, "ask", `[ -e $0.asked ] || { touch $0.asked; exit 1; }; echo '[{"role":"ma01","active":"a","phase":"open","in_doubt":false,"blocked":""}]'`)
+	s.program(t, "ask", `[ -e $0.asked ] || { touch $0.asked; exit 1; }
+[ -e $0.starts ] || { touch $0.starts; echo '[{"role":"ma01","active":"a","phase":"open","in_doubt":false,"blocked":"starts"}]'; exit; }
+echo '[{"role":"ma01","active":"a","phase":"open","in_doubt":false,"blocked":""}]'`)
 	if out := s.run(t); !strings.Contains(out, "cyrus-master.conf") {
 		t.Errorf("it says %q", out)
 	}
