@@ -45,7 +45,7 @@ func (p *cyrusPair) byHand(t testing.TB) time.Duration {
 // hand, on two mirrored pairs of 50 users each, in turn: without anything to send,
 // and right after 500 messages have come in. Nobody else is at work.
 func TestBenchHooks(t *testing.T) {
-	const rounds = 4
+	const rounds = 9
 	users := userNames(50)
 	hand := newCyrusPair(t, users...)
 	h, a, b := newHookedPair(t, users...)
