@@ -16,6 +16,7 @@ func TestBenchSwitch(t *testing.T) {
 	a, b := newRecorder(t, "a", nextHost(), nil), newRecorder(t, "b", nextHost(), nil)
 	s := newSite(t, a.backend(), b.backend(), users...).shared(newEtcd(t), "3s")
 	s.fast = true
+	s.limits = "max_parked_per_ip: 1000" // they all come from one address
 	frontends := []*posthouse{startFrontend(t, s), startFrontend(t, s), startFrontend(t, s)}
 
 	var first, whole []time.Duration
