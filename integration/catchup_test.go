@@ -277,6 +277,15 @@ func TestCatchUpSwitch(t *testing.T) {
 		t.Errorf("on the way back: %s", tail(stdout, 40))
 	}
 	p.mustBeOn(t, "a")
+
+	// Safety 23: whom a frontend has seen that was killed, nobody knows.
+	p.kill()
+	p.start(t)
+	p.ready(t)
+	mustOpen(t, p.switchTo(t, "b", "--confirmed-clean"))
+	if stdout, _, _ = p.cli(t, "switches"); !strings.Contains(stdout, `"compared": "users compared: 6 equal, 0 not`) {
+		t.Errorf("after a frontend was killed: %s", tail(stdout, 40))
+	}
 }
 
 // TestCatchUpOfAMirroredPair: with the hooks that we ship both members are
