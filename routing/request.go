@@ -185,7 +185,7 @@ func (r rules) refuse(s *State, role string, number uint64, why string, now time
 func (s *State) obstacle(row Row) (why string, mayPass bool) {
 	q := row.Request
 	var missing, unready []string
-	digests := make(map[string]string) // a frontend by its
+	digests := make(map[string]string) // a frontend by its digest
 	for _, id := range sortedKeys(s.Frontends) {
 		r, reported := q.Reports[id]
 		if reported {
