@@ -4,10 +4,12 @@
 # define what it calls:
 #
 #	config_of PART prints the instance's configuration file as that part
-#	members        prints the ids of the instance's processes
 #	check_instance refuses an instance that is laid out in another way
-#	part           prints master, replica, remains (processes, but no server) or stopped
-#	ready PART     says whether the instance, which is that part, takes connections
+#	look           sees which processes the instance has, and sets part: master, replica,
+#	               starts, remains (processes, but no server) or stopped
+#	members        prints the ids of those that the last look has seen
+#	ready PART     says whether the instance, which was that part at the last look,
+#	               takes connections
 #	run_as PART    becomes the server
 #	spent PID…     says whether these, all that is left of a server that was told
 #	               to end, have nothing to do with mail: they need not be waited for
@@ -15,8 +17,8 @@
 #	unsent         prints what the instance, as master, had not sent its peer; it
 #	               may be unable to know
 #	settle         removes, after a rejoin, what only the stale instance has
-#	agree          makes sure, after a catch-up for those in the file $users, that
-#	               the new one has what the old one has
+#	agree          makes sure, after a catch-up, that the new one has what the old
+#	               one has
 #	do_OP          one stage of a step on one backend, under the instance's lock
 #
 # Words: an *instance* is one mail server process tree; it carries the name of
@@ -26,24 +28,18 @@
 LC_ALL=C
 export LC_ALL
 umask 077
+nl='
+'
 
 say() { printf '%s: %s\n' "${name:-${0##*/}}" "$*"; }
 fail() { say "$*" >&2; exit 1; }
 later() { say "$* (try again)" >&2; exit 75; } # EX_TEMPFAIL
 
-# setting KEY [DEFAULT] prints a value of the configuration. It is read, never
-# run: a value ends where its line ends and means what it says.
-setting() {
-	value=${2-}
-	while IFS= read -r line || [ -n "$line" ]; do
-		case $line in "$1="*) value=${line#*=} ;; esac
-	done <"$config"
-	printf '%s\n' "$value"
-}
-
-# check_config refuses what would be ignored silently.
-check_config() {
+# read_config reads the configuration, and refuses what would be ignored silently.
+# It is read, never run: a value ends where its line ends and means what it says.
+read_config() {
 	[ -r "$config" ] || fail "cannot read $config"
+	settings=$nl
 	while IFS= read -r line || [ -n "$line" ]; do
 		case ${line%%=*} in
 		'' | '#'*) ;;
@@ -51,7 +47,20 @@ check_config() {
 		*.host | *.dir | *.peer | *.roles | *.sync | *.mail | *.off) ;;
 		*) fail "$config: unknown key: ${line%%=*}" ;;
 		esac
+		settings=$settings$line$nl
 	done <"$config"
+}
+
+# setting KEY [DEFAULT] prints a value of the configuration, the last one that it
+# has.
+setting() {
+	case $settings in
+	*"$nl$1="*)
+		value=${settings##*"$nl$1="}
+		printf '%s\n' "${value%%"$nl"*}"
+		;;
+	*) printf '%s\n' "${2-}" ;;
+	esac
 }
 
 # command_for KEY runs the configured command for the instance: % in its words
@@ -87,53 +96,76 @@ left() {
 
 over() { [ "$(hundredths)" -ge "$deadline" ]; }
 
-# seen OPTION FILE… prints id, program and file of each process that has one of
-# the files as the argument of that option: who only looks at a file is none of
-# the instance's. A start of our own has it behind --of. Zombies have no arguments.
-# What is not seen would count as gone, so this must not fail quietly: xargs has
-# come to its end, and this process itself was seen.
+# seen OPTIONS FILE… prints id, program, option and file of each process that has one
+# of the files as the argument of one of the options (a list of words), for each one
+# that it has. Who only looks at a file is none of the instance's. What is not seen
+# would count as gone. So this must not fail quietly (it has to see itself); a process
+# that is just becoming another program, and has no arguments for a moment, is looked
+# at again; and so is what was born meanwhile. Zombies and the kernel's own processes
+# have no arguments, and no program either.
 seen() {
-	(
-		set +f
-		option=$1
-		shift
-		cd /proc || blind
-		{
-			printf '%s\0' [0-9]*/cmdline | xargs -0 grep -azH -- '' 2>/dev/null || [ $? = 123 ] || exit 1 # 123: some have ended
-			printf '\0end:\0'
-		} | tr '\n\0' ' \n' | awk -v me="$$" '
-			BEGIN {
-				for (i = 2; i < ARGC; i++) files[ARGV[i]]
-				option = substr(ARGV[1], 2) # or awk would see itself
-				ARGC = 1
+	perl -e '
+		my %options = map { $_ => 1 } split / /, shift;
+		my %files = map { $_ => 1 } @ARGV;
+		my %known;
+		chdir "/proc" or exit 1;
+		for (my $new = 1; $new; ) {
+			$new = 0;
+			opendir my $proc, "." or exit 1;
+			for my $id (grep { /^[0-9]/ && !$known{$_}++ } readdir $proc) {
+				$new = 1;
+				my $arguments = "";
+				for (1 .. 100) {
+					open my $file, "<", "$id/cmdline" or last;
+					local $/;
+					$arguments = <$file> // "";
+					last if $arguments ne "" || !readlink "$id/exe";
+					select undef, undef, undef, 0.001;
+				}
+				my ($program, @words) = split /\0/, $arguments or next;
+				$program =~ s{.*/}{};
+				my $option = "";
+				for my $word (@words) {
+					print "$id $program $option $word\n" if $files{$word} && $options{$option};
+					$option = $word;
+				}
 			}
-			{ at = index($0, ":"); id = substr($0, 1, at - 1) + 0; word = substr($0, at + 1) }
-			id != last { last = id; program = word; sub(/ .*/, "", program); sub(/.*\//, "", program); before = "" }
-			id == me { self = 1 }
-			(before == option || before == "--of") && word in files && !found[id]++ { print id, program, word }
-			{ before = word; end = $0 == "end:" }
-			END { exit !(self && end) }' ":$option" "$@" || blind
-	)
+		}
+		exit !$known{$$}' -- "$@" || later "cannot see the processes of this host"
 }
 
-blind() {
-	say "cannot see the processes of this host" >&2
-	kill -s TERM $$
-	exit 1
+# ticket FILE PART says whether that is a ticket, or a used one, for a start as PART
+# in this boot.
+ticket() {
+	[ -s "$state/$name.$1" ] || return 1
+	read -r boot until to_be <"$state/$name.$1" || return 1
+	read -r this_boot </proc/sys/kernel/random/boot_id
+	read -r up _ </proc/uptime
+	[ "$boot" = "$this_boot" ] && [ "${up%.*}" -le "$until" ] && [ "$to_be" = "${2:-$to_be}" ]
 }
 
-# with OPTION FILE… prints the ids alone.
-with() { seen "$@" | cut -d' ' -f1; }
-
-# is PART says whether the instance is that part, and waits until it takes
-# connections: it may have been started just now. It is not where a stop was begun
-# and did not come to its end: whoever does the stopping may be at it still.
+# is PART says whether the instance is that part. It waits for a start as PART that
+# was begun, and until it takes connections. It is not where a stop was begun and did
+# not come to its end: whoever does the stopping may be at it still.
 is() {
-	[ "$(part)" = "$1" ] && [ ! -e "$state/$name.stopping" ] || return 1
-	until ready "$1"; do
-		[ "$(part)" = "$1" ] || return 1
-		! over || later "is a $1, but takes no connections"
-		sleep 0.02
+	while :; do
+		begun=
+		! ticket ticket "$1" || begun=1 # before the look, which sees what has begun meanwhile
+		look
+		if [ "$part" = "$1" ]; then
+			[ ! -e "$state/$name.stopping" ] || return 1
+			! ready "$1" || return 0
+			why="is a $1, but takes no connections"
+		elif [ -n "$begun" ] || { [ "$part" = starts ] && ticket used "$1"; }; then
+			why="does not start as $1"
+		else
+			return 1
+		fi
+		if over; then
+			rm -f "$state/$name.ticket"
+			later "$why"
+		fi
+		sleep 0.01
 	done
 }
 
@@ -210,7 +242,7 @@ at() {
 	case $op:$step in
 	register:undo_demote | register:undo_promote | register:fence | replica:demote | replica:promote | replica:undo_demote) ;;
 	fence:fence | serves:rejoin | rejoin:rejoin | resend:rejoin | list:rejoin | surplus:rejoin | prune:rejoin | compare:rejoin) ;;
-	prove:prove | demote:demote | catch_up:catch_up | list:catch_up | agree:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
+	prove:prove | demote:demote | catch_up:catch_up | catch_up_all:catch_up | list:catch_up | list_all:catch_up | agree:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
 	*) fail "refused: no step" ;;
 	esac
 	[ -n "$(setting "$name.dir")" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
@@ -230,7 +262,7 @@ at() {
 # find_instance sets dir as the instance's processes have it among their arguments:
 # without a slash at its end, and with its symbolic links.
 find_instance() {
-	dir=$(realpath -s -- "$(setting "$name.dir")") || fail "$name.dir is no directory"
+	dir=$(CDPATH='' cd -L -- "$(setting "$name.dir")" && pwd -L) || fail "$name.dir is no directory"
 	check_instance
 }
 
@@ -238,8 +270,9 @@ do_register() { :; }
 
 # do_replica makes sure that the instance is no master.
 do_replica() {
-	[ "$(part)" != master ] || fail "is a master"
-	is replica || restart_as replica
+	is replica && return
+	[ "$part" != master ] || fail "is a master"
+	restart_as replica
 }
 
 # do_fence ends the instance and leaves it so: what starts it next is a hook, or
@@ -249,7 +282,7 @@ do_fence() {
 	say "is stopped: no process of it is left"
 }
 
-do_serves() { [ "$(part)" = master ] || fail "is no master: there is nothing to copy"; }
+do_serves() { look && [ "$part" = master ] || fail "is no master: there is nothing to copy"; }
 
 # remote serves one request of another host: authorized_keys has
 # command="…/posthouse-cyrus --remote".
@@ -310,6 +343,34 @@ must() {
 	esac
 }
 
+# open_gate CHECK… runs a check of one backend, whose output is the hook's, while the
+# other's stage begins, and tells that one at its gate how it ended.
+open_gate() {
+	status=0
+	("$@" >&3) || status=$?
+	echo "$status"
+}
+
+# behind_gate NAME OP … is must, for a stage that has a gate.
+behind_gate() {
+	exec 8<&0 3>&-
+	must "$@"
+}
+
+# gate is in a stage before what needs the other backend. There it has its whole time
+# again.
+gate() {
+	read -r ended || later "was not told to go on"
+	[ "$ended" = 0 ] || exit "$ended"
+	deadline_in "$limit"
+}
+
+# follows: nobody's server is stopped for a peer that cannot take over.
+follows() { on "$to" replica "$from" || fail "$to is not ready to follow: $from serves on"; }
+
+# turns: replication turns round, and the old master must be there to take it.
+turns() { [ -z "$from" ] || must "$from" replica "$to"; }
+
 # fence proves that the old master is off: by its host, which has ended every
 # process, or by the site's command, which has cut the host's power.
 fence() {
@@ -332,14 +393,13 @@ fence() {
 	say "is off, by $from.off"
 }
 
-# users_seen prints what catch_up reads: "some" and the users, or "all".
-users_seen() {
-	if [ -n "${POSTHOUSE_USERS-}" ]; then
-		echo some
-		cat -- "$POSTHOUSE_USERS"
-	else
-		echo all
-	fi
+# for_seen NAME OP … is must, for the users that posthouse has seen: the stage reads
+# their names. If posthouse does not know them all, the stage is OP_all.
+for_seen() {
+	op=$2
+	if [ -n "${POSTHOUSE_USERS-}" ]; then exec 8<"$POSTHOUSE_USERS"; else op=${op}_all; fi
+	must "$1" "$op" "$3"
+	exec 8</dev/null
 }
 
 # hook STEP is one call of posthouse.
@@ -370,22 +430,14 @@ hook() {
 		;;
 	prove) must "$from" prove "$to" ;;
 	demote)
-		# Nobody's server is stopped for a peer that cannot take over.
-		on "$to" replica "$from" || fail "$to is not ready to follow: $from serves on"
-		must "$from" demote "$to"
+		{ open_gate follows | behind_gate "$from" demote "$to"; } 3>&1
 		;;
 	catch_up)
-		users=$(mktemp)
-		trap 'rm -f "$users"' EXIT
-		users_seen >"$users"
-		exec 8<"$users"
-		must "$from" catch_up "$to"
+		for_seen "$from" catch_up "$to"
 		agree
 		;;
 	promote)
-		# Replication turns round: the old master must be there to take it.
-		[ -z "$from" ] || must "$from" replica "$to"
-		must "$to" promote "$from"
+		{ open_gate turns | behind_gate "$to" promote "$from"; } 3>&1
 		;;
 	undo_promote)
 		# What was begun may be on its way still. Whoever registers here waits
@@ -414,43 +466,36 @@ restart_as() {
 # begin_as PART starts the instance, with a ticket: it is good for one start, in
 # this boot, for a minute. Any other start asks the table.
 begin_as() {
+	read -r boot </proc/sys/kernel/random/boot_id
 	read -r up _ </proc/uptime
-	printf '%s\n' "$(cat /proc/sys/kernel/random/boot_id) $((${up%.*} + 60)) $1" >"$state/$name.ticket"
+	printf '%s\n' "$boot $((${up%.*} + 60)) $1" >"$state/$name.ticket"
 	command_for start || later "the start command failed"
-	until [ "$(part)" = "$1" ]; do
-		! over || later "does not start as $1"
-		sleep 0.02
-	done
 }
 
 # start_as PART waits until it takes connections, too.
 start_as() {
 	begin_as "$1"
-	until ready "$1"; do
-		[ "$(part)" = "$1" ] || later "has started as $1 and ended"
-		! over || later "does not come up as $1"
-		sleep 0.02
-	done
+	is "$1" || later "was started as $1 and has ended"
 	say "runs as $1"
 }
 
-# step_down makes a master a replica. Until that takes connections is waited for
-# by whoever needs it next: what its peer lacks is sent from its files.
+# step_down ends a master, and begins to start it as a replica. Whoever needs that next
+# waits for it: what its peer lacks is sent from its files.
 step_down() {
 	stop_all
 	begin_as replica
-	say "is a replica now"
+	say "is stopped, and starts as replica"
 }
 
 # stop_all ends every process of the instance: politely, and after two seconds
 # by force, which also ends one that was stopped by a signal.
 stop_all() {
-	rm -f "$state/$name.ticket"
+	rm -f "$state/$name.ticket" "$state/$name.used"
 	: >"$state/$name.stopping"
 	command_for stop || say "the stop command failed"
 	began=$(hundredths) sent=
-	while left=$(members) && [ -n "$left" ]; do
-		waited=$(($(hundredths) - began)) signal=
+	while look && [ "$part" != stopped ]; do
+		left=$(members) waited=$(($(hundredths) - began)) signal=
 		# shellcheck disable=SC2086 # process ids; some may just have ended
 		if [ -z "$sent" ]; then
 			signal=TERM
@@ -464,27 +509,17 @@ stop_all() {
 		# shellcheck disable=SC2086
 		[ -z "$signal" ] || kill -s "$signal" $left 2>/dev/null || :
 		! over || later "cannot be stopped: $left"
-		sleep 0.02
+		sleep 0.01
 	done
 	rm -f "$state/$name.stopping"
 	stopped
 }
 
-# part_of_this_start decides what an instance that starts is: what the hook that
-# starts it says, else what the role table says, else replica. But one that a
-# failover has left behind starts by a rejoin only, and what died as master with
-# mail that its peer lacks may be one: its peer would write over that mail before
-# a rejoin has kept it.
-part_of_this_start() {
-	if [ -s "$state/$name.ticket" ]; then
-		read -r boot until part <"$state/$name.ticket"
-		rm -f "$state/$name.ticket"
-		read -r up _ </proc/uptime
-		if [ "$boot" = "$(cat /proc/sys/kernel/random/boot_id)" ] && [ "${up%.*}" -le "$until" ]; then
-			echo "$part"
-			return
-		fi
-	fi
+# part_by_table decides what an instance is that no hook starts: what the role table
+# says, else replica. But one that a failover has left behind starts by a rejoin
+# only, and what died as master with mail that its peer lacks may be one: its peer
+# would write over that mail before a rejoin has kept it.
+part_by_table() {
 	if is_active; then
 		echo master
 	elif is_stale || [ -n "$(unsent)" ]; then
@@ -534,7 +569,7 @@ main() {
 		config=$2
 		shift 2
 	fi
-	check_config
+	read_config
 	state=$(setting state /var/lib/posthouse-hooks)
 	limit=$(setting limit 10)
 	deadline_in "$limit"
@@ -542,8 +577,8 @@ main() {
 	name=
 	case ${1-} in
 	run | --run | --at | --remote)
-		[ "$(id -u)" = 0 ] && [ -r /proc/self/cmdline ] || fail "must be root, to see every process"
-		mkdir -p "$state"
+		[ -r /proc/1/environ ] || fail "must be root, to see every process"
+		[ -d "$state" ] || mkdir -p "$state"
 		;;
 	esac
 	case ${1-} in
@@ -559,12 +594,16 @@ main() {
 		name=${2:?which instance?}
 		[ -n "$(setting "$name.dir")" ] || fail "$config does not know it"
 		find_instance
-		exec "$0" -c "$config" --run "$name" --of "$(config_of master)"
+		exec "$0" -c "$config" --run "$name" --of "$(config_of master)" "$dir"
 		;;
 	--run)
-		name=$2
-		find_instance
-		part=$(part_of_this_start)
+		name=$2 dir=$5
+		if mv "$state/$name.ticket" "$state/$name.used" 2>/dev/null && ticket used; then
+			part=$to_be
+		else
+			find_instance
+			part=$(part_by_table)
+		fi
 		if [ "$part" = none ]; then
 			say "does not start: by the role table it is not the active, and is stale or had not sent all (" $(unsent) ")." \
 				"\`posthouse rejoin\` starts it; or start it again when the table says that it is the active"

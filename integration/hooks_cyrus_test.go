@@ -89,16 +89,19 @@ func (c hookedCyrus) mustBe(t testing.TB, part string) {
 	}
 }
 
-// only is the id of the instance's process whose command line has this in it.
-func (c hookedCyrus) only(t testing.TB, command string) int {
+// only is the id of the instance's process whose command line has this in it. It may
+// be about to start.
+func (c hookedCyrus) only(t testing.TB, command string) (id int) {
 	t.Helper()
-	for _, p := range c.processes() {
-		if strings.Contains(p.command, command) {
-			return p.pid
+	within(t, 10*time.Second, c.prefix+" has a "+command, func() bool {
+		for _, p := range c.processes() {
+			if strings.Contains(p.command, command) {
+				id = p.pid
+			}
 		}
-	}
-	t.Fatalf("%s has no %s: %v", c.prefix, command, c.processes())
-	return 0
+		return id != 0
+	})
+	return id
 }
 
 // master is the id of the instance's master.

@@ -58,11 +58,12 @@ echo "exit status $?" >>$DIR/saying.$step
 mv $DIR/saying.$step $DIR/said.$step
 `
 
-// playsSystemd starts an instance as its unit does. As long as the file `slow`
-// exists, it takes its time; with `slow.master` only the start of a master does.
+// playsSystemd starts an instance as its unit does: what ends the caller does not end
+// it. As long as the file `slow` exists, it takes its time; with `slow.master` only the start of a master does.
 const playsSystemd = `#!/bin/sh
 while [ -e $DIR/slow ] || { [ -e $DIR/slow.master ] && grep -q master $DIR/state-$2/$1.ticket; }; do sleep 0.02; done
 setsid $SYSLOG $SCRIPT -c $DIR/$2.conf run "$1" </dev/null >>$DIR/starts 2>&1 &
+until [ "$session" = $! ]; do read -r pid name state parent group session rest </proc/$!/stat || exit; done
 `
 
 // steered is a hook that the test can hold before its work, or let fail after it.

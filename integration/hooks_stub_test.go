@@ -106,11 +106,11 @@ func TestHookReady(t *testing.T) {
 	t.Parallel()
 	s := newHookStub(t, "")
 	s.process(t, "/x/master", "-C", s.etc+"/imapd.conf", "-M", s.etc+"/cyrus-master.conf")
-	if out, err := s.at(t, "promote", "promote", 1); err == nil || !strings.Contains(out, "takes no connections") {
+	if out, err := s.give(t, "0\n", "promote", "promote", 1); err == nil || !strings.Contains(out, "takes no connections") {
 		t.Errorf("promote: %v: %s", err, out)
 	}
 	s.process(t, "imapd", "-C", s.etc+"/imapd.conf")
-	if out, err := s.at(t, "promote", "promote", 2); err != nil || !strings.Contains(out, "is a master already") {
+	if out, err := s.give(t, "0\n", "promote", "promote", 2); err != nil || !strings.Contains(out, "is a master already") {
 		t.Errorf("promote: %v: %s", err, out)
 	}
 }
@@ -208,14 +208,14 @@ func TestHookCatchUpBound(t *testing.T) {
 	s := newHookStub(t, "catch_up_users=2\n")
 	s.program(t, "sync_client", "echo \"$*\" >>"+s.dir+"/calls")
 	writeFile(t, filepath.Join(s.dir, "conf/sync/log"), "USER u0001\n")
-	out, err := s.give(t, "some\nu0001\nu0002\nu0003\n", "catch_up", "catch_up", 1)
+	out, err := s.give(t, "u0001\nu0002\nu0003\n", "catch_up", "catch_up", 1)
 	if err != nil || !strings.Contains(out, "3 users are more than catch_up_users") {
 		t.Errorf("catch_up: %v: %s", err, out)
 	}
 	if calls := readFile(t, filepath.Join(s.dir, "calls")); !strings.Contains(calls, " -r ") || strings.Contains(calls, " -u ") {
 		t.Errorf("sync_client was called with %q", calls)
 	}
-	if out, err := s.give(t, "some\nu0001\nu0002\n", "catch_up", "catch_up", 2); err != nil || !strings.Contains(out, "2 names given to sync_client -u") {
+	if out, err := s.give(t, "u0001\nu0002\n", "catch_up", "catch_up", 2); err != nil || !strings.Contains(out, "2 names given to sync_client -u") {
 		t.Errorf("catch_up: %v: %s", err, out)
 	}
 }
@@ -227,11 +227,57 @@ func TestHookPromotesWhatNeverSent(t *testing.T) {
 	s := newHookStub(t, "start=touch $DIR/started\n")
 	must(t, os.Remove(filepath.Join(s.dir, "conf/sync")))
 	must(t, os.Chown(filepath.Join(s.dir, "conf"), 1, 1))
-	s.at(t, "promote", "promote", 1)
+	s.give(t, "0\n", "promote", "promote", 1)
 	if _, err := os.Stat(filepath.Join(s.dir, "started")); err != nil {
 		t.Errorf("nothing was started: %v", err)
 	}
 	if info, err := os.Stat(filepath.Join(s.dir, "conf/sync")); err != nil || info.Sys().(*syscall.Stat_t).Uid != 1 {
 		t.Errorf("the sync log has no directory of Cyrus's: %v %+v", err, info)
+	}
+}
+
+// TestHookGate: what the other backend's check says decides whether a master is
+// started or ended. A hook that has ended says nothing.
+func TestHookGate(t *testing.T) {
+	t.Parallel()
+	for input, want := range map[string]string{"": "75", "75\n": "75", "1\n": "1"} {
+		for _, step := range []string{"demote", "promote"} {
+			s := newHookStub(t, "start=touch $DIR/started\n")
+			part := map[string]string{"demote": "master", "promote": "replica"}[step]
+			running := s.process(t, "/x/master", "-C", s.etc+"/imapd.conf", "-M", s.etc+"/cyrus-"+part+".conf")
+			out, err := s.give(t, input, step, step, 1)
+			if err == nil || !strings.Contains(err.Error(), "status "+want) {
+				t.Errorf("%s, told %q: %v: %s", step, input, err, out)
+			}
+			if _, err := os.Stat(filepath.Join(s.dir, "started")); err == nil {
+				t.Errorf("%s, told %q, has started something", step, input)
+			}
+			if _, err := os.Stat(fmt.Sprintf("/proc/%d/exe", running.Process.Pid)); err != nil && step == "demote" {
+				t.Errorf("%s, told %q, has ended the master", step, input)
+			}
+		}
+	}
+}
+
+// TestHookSeesWhoBecomesAnother: a process that calls execve has no arguments for a
+// moment. Who is overlooked then would count as ended.
+func TestHookSeesWhoBecomesAnother(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "")
+	s.program(t, "imapd", `exec "$0" "$@"`)
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	must(t, err)
+	client, served := os.NewFile(uintptr(fds[0]), "client"), os.NewFile(uintptr(fds[1]), "served")
+	defer client.Close()
+	cmd := exec.Command(filepath.Join(s.dir, "bin/imapd"), "-C", s.etc+"/imapd.conf")
+	cmd.Stdin = served
+	must(t, cmd.Start())
+	served.Close()
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	for i := range 20 {
+		if out, err := s.at(t, "prove", "prove", i+1); err == nil {
+			t.Fatalf("look %d has not seen it: %s", i+1, out)
+		}
 	}
 }
