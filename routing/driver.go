@@ -171,16 +171,17 @@ var errDeposed = errors.New("another frontend drives, too")
 
 // run drives until ctx ends, or another drives; no hook of its own runs any more
 // then.
-func (d *driver) run(ctx context.Context) {
+func (d *driver) run(office context.Context) {
 	defer d.running.Wait()
-	ctx, stop := context.WithCancel(ctx)
+	ctx, stop := context.WithCancel(office)
 	defer stop()
 	for ctx.Err() == nil {
 		changed := d.t.Changed()
 		progressed, err := d.step(ctx)
 		if errors.Is(err, errDeposed) {
 			d.t.log.Warn("driving switches: standing for election again", zap.Error(err))
-			pause(ctx, retryAfter) // who is not in office stands behind
+			stop()                    // the other one's hook comes next
+			pause(office, retryAfter) // who is not in office stands behind
 			return
 		}
 		if progressed && err == nil {

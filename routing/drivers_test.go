@@ -144,6 +144,33 @@ func TestALateComparisonIsForItsOwnDriver(t *testing.T) {
 	})
 }
 
+// A driver that finds a switch in other hands ends its hook there and then: the
+// other one's is at work.
+func TestADeposedDriverEndsItsHook(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{site: h.site, slow: map[Hook]time.Duration{HookDemote: 3 * time.Second}}
+		h.withHooks(l, HookDemote, HookUndoDemote)
+		f := h.start("f")
+		synctest.Wait() // f drives
+		g := h.start("g")
+		ended := f.goSwitch(toB)
+		synctest.Wait()
+		f.depose()
+		synctest.Wait()
+		l.mu.Lock()
+		if len(l.ran) != 2 || l.running != 1 {
+			t.Errorf("hooks called: %d, at work: %d", len(l.ran), l.running)
+		}
+		l.mu.Unlock()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		g.stop()
+		f.stop()
+	})
+}
+
 // The store does not take that a second driver takes the switch up: it tries
 // again before it does anything, so that its hooks have a number of their own.
 func TestNoHookBeforeTakingUp(t *testing.T) {
