@@ -11,8 +11,9 @@
 #	ready PART     says whether the instance, which was that part at the last look,
 #	               takes connections
 #	run_as PART    becomes the server
-#	spent PID…     says whether these, all that is left of a server that was told
-#	               to end, have nothing to do with mail: they need not be waited for
+#	spent PID…     says whether these, the members at the last look, all that is left of
+#	               a server that was told to end, have nothing to do with mail: they
+#	               need not be waited for
 #	stopped        clears up behind a server that has ended
 #	unsent         prints what the instance, as master, had not sent its peer; it
 #	               may be unable to know
@@ -51,24 +52,30 @@ read_config() {
 	done <"$config"
 }
 
-# setting KEY [DEFAULT] prints a value of the configuration, the last one that it
-# has.
-setting() {
+# get KEY [DEFAULT] sets value to what the configuration has, the last one.
+get() {
 	case $settings in
 	*"$nl$1="*)
 		value=${settings##*"$nl$1="}
-		printf '%s\n' "${value%%"$nl"*}"
+		value=${value%%"$nl"*}
 		;;
-	*) printf '%s\n' "${2-}" ;;
+	*) value=${2-} ;;
 	esac
+}
+
+# setting KEY [DEFAULT] prints it.
+setting() {
+	get "$@"
+	printf '%s\n' "$value"
 }
 
 # command_for KEY runs the configured command for the instance: % in its words
 # is the instance's name. It does not hold the instance's lock.
 command_for() {
+	get "$1"
 	set -f
-	# shellcheck disable=SC2046 # the command's words
-	set -- $(setting "$1")
+	# shellcheck disable=SC2086 # the command's words
+	set -- $value
 	set +f
 	[ $# -gt 0 ] || return 0
 	for word; do
@@ -79,22 +86,23 @@ command_for() {
 	timeout --foreground -k 1 "$(left)" "$@" </dev/null 9>&-
 }
 
-# hundredths is a clock that nobody sets.
-hundredths() {
+# clock sets now to hundredths of a second, by a clock that nobody sets.
+clock() {
 	read -r up _ </proc/uptime
-	echo "${up%.*}${up#*.}"
+	now=${up%.*}${up#*.}
 }
 
 # deadline_in SECONDS gives what follows so much time, all together.
-deadline_in() { deadline=$(($(hundredths) + $1 * 100)); }
+deadline_in() { clock && deadline=$((now + $1 * 100)); }
 
 # left prints the seconds that are left of it, at least one.
 left() {
-	set -- $(((deadline - $(hundredths)) / 100))
+	clock
+	set -- $(((deadline - now) / 100))
 	if [ "$1" -ge 1 ]; then echo "$1"; else echo 1; fi
 }
 
-over() { [ "$(hundredths)" -ge "$deadline" ]; }
+over() { clock && [ "$now" -ge "$deadline" ]; }
 
 # seen OPTIONS FILE… prints id, program, option and file of each process that has one
 # of the files as the argument of one of the options (a list of words), for each one
@@ -119,11 +127,12 @@ seen() {
 					open my $file, "<", "$id/cmdline" or last;
 					local $/;
 					$arguments = <$file> // "";
-					last if $arguments ne "" || !readlink "$id/exe";
+					last if $arguments ne "" || !readlink "$id/exe" && !ending($id);
 					select undef, undef, undef, 0.001;
 				}
 				my ($program, @words) = split /\0/, $arguments or next;
 				$program =~ s{.*/}{};
+				$program =~ s{\s.*}{}s; # anybody may call his program what he likes
 				my $option = "";
 				for my $word (@words) {
 					print "$id $program $option $word\n" if $files{$word} && $options{$option};
@@ -131,7 +140,14 @@ seen() {
 				}
 			}
 		}
-		exit !$known{$$}' -- "$@" || later "cannot see the processes of this host"
+		exit !$known{$$};
+		# ending: it has no memory any more, but what it had open (flag PF_EXITING).
+		sub ending {
+			open my $file, "<", "$_[0]/stat" or return 0;
+			local $/;
+			my ($state, $flags) = (<$file> // "") =~ /.*\) (\S) (?:\S+ ){5}(\d+)/s or return 0;
+			$state !~ /[ZXx]/ && $flags & 4;
+		}' -- "$@" || later "cannot see the processes of this host"
 }
 
 # ticket FILE PART says whether that is a ticket, or a used one, for a start as PART
@@ -154,7 +170,10 @@ is() {
 		look
 		if [ "$part" = "$1" ]; then
 			[ ! -e "$state/$name.stopping" ] || return 1
-			! ready "$1" || return 0
+			if ready "$1"; then
+				[ ! -e "$state/$name.ticket" ] || rm -f "$state/$name.ticket" # it would be for its next start
+				return 0
+			fi
 			why="is a $1, but takes no connections"
 		elif [ -n "$begun" ] || { [ "$part" = starts ] && ticket used "$1"; }; then
 			why="does not start as $1"
@@ -165,7 +184,7 @@ is() {
 			rm -f "$state/$name.ticket"
 			later "$why"
 		fi
-		sleep 0.01
+		sleep 0.005
 	done
 }
 
@@ -245,7 +264,7 @@ at() {
 	prove:prove | demote:demote | catch_up:catch_up | catch_up_all:catch_up | list:catch_up | list_all:catch_up | agree:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
 	*) fail "refused: no step" ;;
 	esac
-	[ -n "$(setting "$name.dir")" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
+	get "$name.host" && [ -z "$value" ] || fail "refused: no instance of this host"
 	find_instance
 	# It comes with the number of the failover, which is over: whoever drove it.
 	[ "$step" != rejoin ] || attempt=999999999
@@ -259,10 +278,16 @@ at() {
 	"do_$op"
 }
 
-# find_instance sets dir as the instance's processes have it among their arguments:
+# find_dir sets dir as the instance's processes have it among their arguments:
 # without a slash at its end, and with its symbolic links.
+find_dir() {
+	get "$name.dir"
+	[ -n "$value" ] || fail "$config does not know it"
+	dir=$(CDPATH='' cd -L -- "$value" && pwd -L) || fail "$name.dir is no directory"
+}
+
 find_instance() {
-	dir=$(CDPATH='' cd -L -- "$(setting "$name.dir")" && pwd -L) || fail "$name.dir is no directory"
+	find_dir
 	check_instance
 }
 
@@ -297,11 +322,11 @@ remote() {
 # on NAME OP runs a stage where the instance lives. Its exit status is the
 # stage's; 255 says that the host was not reached.
 on() {
-	where=$(setting "$1.host")
-	other=$(setting "$1.peer")
+	get "$1.host"
+	where=$value
 	set -- "$2" "$1" "$POSTHOUSE_SWITCH" "$POSTHOUSE_EPOCH" "$POSTHOUSE_ATTEMPT" "$POSTHOUSE_STEP" "$POSTHOUSE_ROLE" "${3:--}"
 	if [ -z "$where" ]; then
-		"$0" -c "$config" --at "$@" <&8 9>&-
+		"$0" -c "$config" --at "$@" <&8 8<&- 9>&-
 		return
 	fi
 	# A host whose disk has died may answer and never end. One that lives ends its
@@ -313,7 +338,7 @@ on() {
 	status=0
 	set -f
 	# shellcheck disable=SC2046,SC2086 # the command's words
-	$1 $(setting ssh 'ssh -o BatchMode=yes -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2') "$where" "$2" <&8 || status=$?
+	$1 $(setting ssh 'ssh -o BatchMode=yes -o ConnectTimeout=3 -o ServerAliveInterval=2 -o ServerAliveCountMax=2') "$where" "$2" <&8 8<&- || status=$?
 	set +f
 	case $status in
 	124 | 137) return 255 ;;
@@ -347,20 +372,23 @@ must() {
 # other's stage begins, and tells that one at its gate how it ended.
 open_gate() {
 	status=0
-	("$@" >&3) || status=$?
+	("$@" >&3 3>&-) || status=$?
 	echo "$status"
 }
 
 # behind_gate NAME OP … is must, for a stage that has a gate.
 behind_gate() {
 	exec 8<&0 3>&-
+	patience=$((2 * limit + 4)) # the stage has its time once more behind the gate
 	must "$@"
 }
 
 # gate is in a stage before what needs the other backend. There it has its whole time
 # again.
 gate() {
-	read -r ended || later "was not told to go on"
+	# Whoever is to say it may have gone without a word.
+	ended=$(timeout --foreground "$((limit + 4))" head -n 1 9>&-) || :
+	[ -n "$ended" ] || later "was not told to go on"
 	[ "$ended" = 0 ] || exit "$ended"
 	deadline_in "$limit"
 }
@@ -408,10 +436,14 @@ hook() {
 	from=${POSTHOUSE_FROM-} to=$POSTHOUSE_TO
 	[ "$1" = "$POSTHOUSE_STEP" ] || fail "called for $1, but the step is $POSTHOUSE_STEP"
 	for name in $from "$to"; do
-		[ -n "$(setting "$name.dir")$(setting "$name.host")" ] || fail "$config does not know it"
+		case $settings in
+		*"$nl$name.dir="[!"$nl"]* | *"$nl$name.host="[!"$nl"]*) ;;
+		*) fail "$config does not know it" ;;
+		esac
 	done
 	name=
-	if [ -n "$from" ] && [ "$1" != prove ] && { [ "$(setting "$from.peer")" != "$to" ] || [ "$(setting "$to.peer")" != "$from" ]; }; then
+	get "${from:-none}.peer"
+	if [ -n "$from" ] && [ "$1" != prove ] && { [ "$value" != "$to" ] || [ "$(setting "$to.peer")" != "$from" ]; }; then
 		fail "$config: $from and $to are not each other's peer: $from's mail does not go to $to"
 	fi
 	exec 8</dev/null
@@ -469,7 +501,10 @@ begin_as() {
 	read -r boot </proc/sys/kernel/random/boot_id
 	read -r up _ </proc/uptime
 	printf '%s\n' "$boot $((${up%.*} + 60)) $1" >"$state/$name.ticket"
-	command_for start || later "the start command failed"
+	command_for start || {
+		rm -f "$state/$name.ticket" # nobody shall wait for that start
+		later "the start command failed"
+	}
 }
 
 # start_as PART waits until it takes connections, too.
@@ -490,16 +525,21 @@ step_down() {
 # stop_all ends every process of the instance: politely, and after two seconds
 # by force, which also ends one that was stopped by a signal.
 stop_all() {
-	rm -f "$state/$name.ticket" "$state/$name.used"
+	for file in "$state/$name.ticket" "$state/$name.used"; do
+		[ ! -e "$file" ] || rm -f "$file"
+	done
 	: >"$state/$name.stopping"
 	command_for stop || say "the stop command failed"
-	began=$(hundredths) sent=
+	clock
+	began=$now sent=
 	while look && [ "$part" != stopped ]; do
-		left=$(members) waited=$(($(hundredths) - began)) signal=
+		left=$(members) || exit
+		clock
+		signal=
 		# shellcheck disable=SC2086 # process ids; some may just have ended
 		if [ -z "$sent" ]; then
 			signal=TERM
-		elif [ "$sent" = TERM ] && [ "$waited" -ge 200 ]; then
+		elif [ "$sent" = TERM ] && [ $((now - began)) -ge 200 ]; then
 			signal=KILL
 			say "ended by force:" $left
 		fi
@@ -509,10 +549,17 @@ stop_all() {
 		# shellcheck disable=SC2086
 		[ -z "$signal" ] || kill -s "$signal" $left 2>/dev/null || :
 		! over || later "cannot be stopped: $left"
-		sleep 0.01
+		sleep 0.005
 	done
 	rm -f "$state/$name.stopping"
 	stopped
+}
+
+# marked sets marked to the number of the switch whose promotion the instance has
+# seen last: what has changed on it since, the mark shows.
+marked() {
+	marked=
+	[ ! -s "$state/$name.mark" ] || read -r marked <"$state/$name.mark"
 }
 
 # part_by_table decides what an instance is that no hook starts: what the role table
@@ -570,8 +617,10 @@ main() {
 		shift 2
 	fi
 	read_config
-	state=$(setting state /var/lib/posthouse-hooks)
-	limit=$(setting limit 10)
+	get state /var/lib/posthouse-hooks
+	state=$value
+	get limit 10
+	limit=$value
 	deadline_in "$limit"
 	patience=
 	name=
@@ -592,8 +641,7 @@ main() {
 		# From here on this process counts as one of the instance: a hook that
 		# stops the instance ends it too, before it has acted on an old answer.
 		name=${2:?which instance?}
-		[ -n "$(setting "$name.dir")" ] || fail "$config does not know it"
-		find_instance
+		find_dir
 		exec "$0" -c "$config" --run "$name" --of "$(config_of master)" "$dir"
 		;;
 	--run)

@@ -95,7 +95,7 @@ func (c hookedCyrus) only(t testing.TB, command string) (id int) {
 	t.Helper()
 	within(t, 10*time.Second, c.prefix+" has a "+command, func() bool {
 		for _, p := range c.processes() {
-			if strings.Contains(p.command, command) {
+			if id == 0 && strings.Contains(p.command, command) {
 				id = p.pid
 			}
 		}

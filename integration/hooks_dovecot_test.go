@@ -259,6 +259,7 @@ func dovecotHooksUndo(t *testing.T) {
 	if _, _, err := inside.imap(5*time.Second, "NOOP"); err == nil {
 		t.Error("the session goes on")
 	}
+	b.mustBe(t, s, "replica")
 }
 
 // dovecotHooksFlags: what dsync by itself would leave on the replica as it was.

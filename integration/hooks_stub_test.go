@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,6 +34,18 @@ func newHookStub(t testing.TB, lines string) hookStub {
 	return s
 }
 
+// newDovecotStub is the same for Dovecot: a replica that runs, and a doveadm that
+// writes down what it was called with.
+func newDovecotStub(t testing.TB) hookStub {
+	t.Helper()
+	s := newHookStub(t, "b.sync=nowhere\n")
+	s.script = filepath.Join(lab.repo, "deploy/dovecot/posthouse-dovecot")
+	writeFile(t, s.conf, readFile(t, s.conf)+"doveadm="+s.dir+"/bin/doveadm\n")
+	writeFile(t, filepath.Join(s.etc, "common.conf"), "base_dir = "+s.dir+"/run\n")
+	s.program(t, "doveadm", `echo "$*" >>`+s.dir+`/calls`)
+	return s
+}
+
 // program gives the stub a program.
 func (s hookStub) program(t testing.TB, name, script string) {
 	t.Helper()
@@ -55,7 +68,22 @@ func (s hookStub) at(t testing.TB, op, step string, number int) (string, error) 
 
 func (s hookStub) give(t testing.TB, input, op, step string, number int) (string, error) {
 	t.Helper()
-	return runTool(t, 20*time.Second, strings.NewReader(input), s.script, "-c", s.conf, "--at", op, "a", fmt.Sprint(number), fmt.Sprint(100+number), "1", step, "ma01", "b")
+	return s.in(t, "LANG=C", strings.NewReader(input), op, step, number)
+}
+
+// in gives the stage one variable of its environment, too.
+func (s hookStub) in(t testing.TB, variable string, input io.Reader, op, step string, number int) (string, error) {
+	t.Helper()
+	return runTool(t, 20*time.Second, input, "env", variable, s.script, "-c", s.conf, "--at", op, "a", fmt.Sprint(number), fmt.Sprint(100+number), "1", step, "ma01", "b")
+}
+
+// tryAgain says whether a stage ended with EX_TEMPFAIL.
+func tryAgain(err error) bool { return err != nil && strings.Contains(err.Error(), "status 75") }
+
+// has says whether the stub has a file.
+func (s hookStub) has(name string) bool {
+	_, err := os.Stat(filepath.Join(s.dir, name))
+	return err == nil
 }
 
 // process runs something by the name of program, with these arguments.
@@ -237,7 +265,7 @@ func TestHookPromotesWhatNeverSent(t *testing.T) {
 }
 
 // TestHookGate: what the other backend's check says decides whether a master is
-// started or ended. A hook that has ended says nothing.
+// started or ended, and marked. A hook that has ended says nothing.
 func TestHookGate(t *testing.T) {
 	t.Parallel()
 	for input, want := range map[string]string{"": "75", "75\n": "75", "1\n": "1"} {
@@ -249,13 +277,139 @@ func TestHookGate(t *testing.T) {
 			if err == nil || !strings.Contains(err.Error(), "status "+want) {
 				t.Errorf("%s, told %q: %v: %s", step, input, err, out)
 			}
-			if _, err := os.Stat(filepath.Join(s.dir, "started")); err == nil {
-				t.Errorf("%s, told %q, has started something", step, input)
+			if s.has("started") || s.has("state/a.mark") {
+				t.Errorf("%s, told %q, has started something, or said so", step, input)
 			}
 			if _, err := os.Stat(fmt.Sprintf("/proc/%d/exe", running.Process.Pid)); err != nil && step == "demote" {
 				t.Errorf("%s, told %q, has ended the master", step, input)
 			}
 		}
+	}
+	s := newDovecotStub(t)
+	if out, err := s.give(t, "75\n", "promote", "promote", 1); !tryAgain(err) || s.has("state/a.mark") {
+		t.Errorf("Dovecot's promote: %v: %s", err, out)
+	}
+}
+
+// TestHookGateIsBounded: whoever was to say how the check ended may have gone
+// without a word, and the stage has the instance's lock.
+func TestHookGateIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "")
+	silent, kept, err := os.Pipe()
+	must(t, err)
+	defer silent.Close()
+	defer kept.Close()
+	if out, err := s.in(t, "LANG=C", silent, "promote", "promote", 1); !tryAgain(err) || !strings.Contains(out, "was not told to go on") {
+		t.Errorf("promote: %v: %s", err, out)
+	}
+}
+
+// TestHookTickets: a ticket is for the start that was asked for with it. One that is
+// left would make a master of what its host starts later.
+func TestHookTickets(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "start=false\n")
+	if out, err := s.give(t, "0\n", "demote", "demote", 1); !tryAgain(err) || s.has("state/a.ticket") {
+		t.Errorf("demote, whose start command fails: %v: %s", err, out)
+	}
+	s.process(t, "/x/master", "-C", s.etc+"/imapd-replica.conf", "-M", s.etc+"/cyrus-replica.conf")
+	s.process(t, "sync_server", "-C", s.etc+"/imapd-replica.conf")
+	boot := strings.TrimSpace(readFile(t, "/proc/sys/kernel/random/boot_id"))
+	writeFile(t, filepath.Join(s.dir, "state/a.ticket"), boot+" 99999999999 master\n")
+	if out, err := s.at(t, "undo_promote", "undo_promote", 2); err != nil || s.has("state/a.ticket") {
+		t.Errorf("undo_promote of what is a replica: %v: %s", err, out)
+	}
+}
+
+// TestHookOutputEnds: what a hook has started, here a replica, does not keep its output
+// open.
+func TestHookOutputEnds(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "start=$DIR/bin/start\n")
+	s.program(t, "start", "setsid sleep 20 </dev/null >/dev/null 2>&1 &")
+	b := filepath.Join(s.dir, "b")
+	must(t, os.CopyFS(b, os.DirFS(s.etc)))
+	writeFile(t, s.conf, strings.ReplaceAll(readFile(t, s.conf), "b.host=nowhere", "b.dir="+b))
+	read, write, err := os.Pipe()
+	must(t, err)
+	defer read.Close()
+	cmd := exec.Command(s.script, "-c", s.conf, "demote")
+	cmd.Env = append(os.Environ(), "POSTHOUSE_ROLE=ma01", "POSTHOUSE_FROM=a", "POSTHOUSE_TO=b", "POSTHOUSE_SWITCH=1", "POSTHOUSE_EPOCH=1",
+		"POSTHOUSE_ATTEMPT=1", "POSTHOUSE_STEP=demote")
+	cmd.Stdout, cmd.Stderr = write, write
+	must(t, cmd.Start())
+	write.Close()
+	must(t, read.SetReadDeadline(time.Now().Add(15*time.Second)))
+	out, err := io.ReadAll(read)
+	cmd.Wait()
+	if err != nil || !strings.Contains(string(out), "does not start as replica") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// TestHookBelievesNoName: anybody may give his program a name of several lines.
+func TestHookBelievesNoName(t *testing.T) {
+	t.Parallel()
+	s := newHookStub(t, "")
+	victim := s.process(t, "innocent")
+	s.process(t, fmt.Sprintf("/x\n%d imapd -C %s/imapd.conf\nx", victim.Process.Pid, s.etc), "-C", s.etc+"/imapd.conf")
+	if out, err := s.at(t, "fence", "fence", 1); err != nil {
+		t.Errorf("fence: %v: %s", err, out)
+	}
+	if _, err := os.Stat(fmt.Sprintf("/proc/%d/exe", victim.Process.Pid)); err != nil {
+		t.Error("a process was ended that has nothing to do with the instance")
+	}
+}
+
+// TestHookIsBlind: who cannot see the processes does not say that there are none.
+func TestHookIsBlind(t *testing.T) {
+	t.Parallel()
+	s := newDovecotStub(t)
+	s.program(t, "ps", "exit 1")
+	left := exec.Command("sh", "-c", "sleep 20 & echo $$")
+	left.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	read, write, err := os.Pipe()
+	must(t, err)
+	left.Stdout = write
+	must(t, left.Run()) // its child goes on, in the session of a leader that has gone
+	write.Close()
+	defer read.Close()
+	var leader int
+	_, err = fmt.Fscan(read, &leader)
+	must(t, err)
+	t.Cleanup(func() { syscall.Kill(-leader, syscall.SIGKILL) })
+	boot := strings.TrimSpace(readFile(t, "/proc/sys/kernel/random/boot_id"))
+	writeFile(t, filepath.Join(s.dir, "state/a.session"), fmt.Sprintln(boot, leader))
+	for i, step := range []string{"prove", "fence"} {
+		out, err := s.in(t, "PATH="+s.dir+"/bin:"+os.Getenv("PATH"), nil, step, step, i+1)
+		if err == nil {
+			t.Errorf("%s: %s", step, out)
+		}
+	}
+	if out, err := s.at(t, "prove", "prove", 3); !tryAgain(err) || !strings.Contains(out, "processes are left") {
+		t.Errorf("prove: %v: %s", err, out)
+	}
+}
+
+// TestHookTakesAllOrNone: a list of users or messages that is cut short would
+// leave the rest behind.
+func TestHookTakesAllOrNone(t *testing.T) {
+	t.Parallel()
+	s := newDovecotStub(t)
+	s.process(t, "dovecot", "-c", s.etc+"/dovecot-replica.conf")
+	for i, op := range []string{"catch_up", "list"} {
+		out, err := s.in(t, "TMPDIR=/nonexistent", strings.NewReader("u0001\n"), op, "catch_up", i+1)
+		if !tryAgain(err) {
+			t.Errorf("%s without room for the users: %v: %s", op, err, out)
+		}
+	}
+	if calls := readFile(t, filepath.Join(s.dir, "calls")); strings.Contains(calls, "sync") {
+		t.Errorf("doveadm was called with %q", calls)
+	}
+	out, err := s.give(t, "u0001\tguid\t1\t\n", "agree", "catch_up", 3)
+	if !tryAgain(err) || !strings.Contains(out, "not whole") {
+		t.Errorf("agree to half a list: %v: %s", err, out)
 	}
 }
 

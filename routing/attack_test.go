@@ -44,7 +44,7 @@ func TestALateStepIsForItsOwnSwitch(t *testing.T) {
 		h.withHooks(l, HookDemote, HookPromote, HookUndoDemote, HookFence)
 		h.site.observe(func(old, now *State) {
 			was, is := old.Roles["ma01"], now.Roles["ma01"]
-			fenced := was.Switch != nil && slices.ContainsFunc(was.Switch.Runs, func(r HookRun) bool { return r.Hook == HookFence })
+			fenced := is.Switch != nil && slices.ContainsFunc(is.Switch.Runs, func(r HookRun) bool { return r.Hook == HookFence })
 			if was.Switch != nil && was.Switch.Failover && was.Phase == PhaseDemote && is.Phase == PhasePromote && !fenced {
 				t.Error("b is promoted and nothing proves that a is off")
 			}

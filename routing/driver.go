@@ -330,7 +330,13 @@ func (d *driver) left(mine *driving, row Row, now time.Time) time.Duration {
 // driver: a step that was long on its way may find another switch in the same
 // phase, or another driver's hook at work.
 func (d *driver) commitStep(ctx context.Context, mine *driving, what string, rule func(s *State, role string) error) (bool, error) {
-	return d.commit(ctx, mine.roles, what, func(s *State, role string) error {
+	return d.commit(ctx, mine.roles, what, d.own(mine, rule))
+}
+
+// own is the rule for a switch that is in the hands of this driver, and refuses for
+// others.
+func (d *driver) own(mine *driving, rule func(s *State, role string) error) func(s *State, role string) error {
+	return func(s *State, role string) error {
 		row, err := s.inSwitch(role, mine.number)
 		if err != nil {
 			return err
@@ -339,7 +345,7 @@ func (d *driver) commitStep(ctx context.Context, mine *driving, what string, rul
 			return fmt.Errorf("%w: another driver has taken switch %d of %s up", ErrConflict, mine.number, role)
 		}
 		return rule(s, role)
-	})
+	}
 }
 
 // commit writes one step for all the roles. A refusal means that the snapshot is

@@ -106,9 +106,14 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	}
 	in := mine.in
 	mine.hook, mine.cancel = "", nil
-	did, err := d.commitStep(ctx, mine, "hook "+string(end.run.Hook), func(s *State, role string) error {
-		return t.rules.ran(s, role, mine.number, end.run)
-	})
+	ran := d.own(mine, func(s *State, role string) error { return t.rules.ran(s, role, mine.number, end.run) })
+	did, err := false, error(nil)
+	if end.err == nil && !isUndo(end.run.Hook) {
+		did, err = d.goOn(ctx, mine, end.run.Hook, ran)
+	}
+	if !did && err == nil {
+		did, err = d.commit(ctx, mine.roles, "hook "+string(end.run.Hook), ran)
+	}
 	row := t.Snapshot().Roles[mine.roles[0]]
 	switch {
 	case err != nil:
@@ -116,7 +121,7 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 		mine.notBefore = time.Now().Add(retryAfter)
 	case row.Switch == nil || row.Switch.Number != mine.number:
 		delete(d.switches, end.number)
-	case row.Phase != in: // aborted under it
+	case row.Phase != in: // on, or aborted under it
 	case !did: // refused: what it was to clear stands
 		mine.notBefore = time.Now().Add(retryAfter)
 	case isUndo(end.run.Hook) && !row.Switch.begun(row.Switch.undoes(end.run.Hook)): // nothing is to be undone any more
@@ -133,6 +138,27 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	default:
 		mine.failed = fmt.Sprintf("hook %s failed: %s", end.run.Hook, hookError(end.run))
 	}
+}
+
+// goOn writes down that a hook ran and what follows, in one step, if that is the next
+// phase: users wait for it.
+func (d *driver) goOn(ctx context.Context, mine *driving, hook Hook, ran func(s *State, role string) error) (bool, error) {
+	did, err := d.commitAll(ctx, listed(mine.roles)+": hook "+string(hook)+", and the next phase", func(s *State) error {
+		if err := each(mine.roles, func(role string) error { return ran(s, role) }); err != nil {
+			return err
+		}
+		next, now := *mine, time.Now()
+		row := s.Roles[mine.roles[0]]
+		d.hookDone(&next, row, hook)
+		if do, why := decide(s, next, d.left(mine, row, now) <= 0, true); do != moveAdvance || row.Phase != mine.in {
+			return fmt.Errorf("%w: not yet: %s", ErrConflict, why)
+		}
+		return each(mine.roles, func(role string) error { return d.t.rules.advance(s, role, row.Phase, now) })
+	})
+	if did {
+		mine.retrying = time.Time{}
+	}
+	return did, err
 }
 
 func (d *driver) hookDone(mine *driving, row Row, hook Hook) {

@@ -21,9 +21,10 @@ type Store interface {
 
 	// Update applies change to a private copy of the newest State and commits
 	// it as one compare-and-swap, durably, with Revision one higher. change
-	// must be pure: it may be called again when somebody else committed in
-	// between. If change returns an error nothing is written and that error
-	// is returned. The State returned is the committed one; nobody edits it.
+	// must be pure: it may be called with an older State first, and again when
+	// somebody else committed in between; the last call counts. If change returns
+	// an error for the newest State nothing is written and that error is returned.
+	// The State returned is the committed one; nobody edits it.
 	Update(ctx context.Context, change func(*State) error) (*State, error)
 
 	// Watch sends the State whenever it has changed, the newest only, until

@@ -34,12 +34,22 @@ func (s *Store) Update(ctx context.Context, change func(*routing.State) error) (
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	base, err := s.newest(ctx)
+	// What is known is the newest table most of the time, and the commit finds out.
+	// A refusal counts only if it is by the newest.
+	base, isNewest := s.known().view, false
 	for {
-		if err != nil {
-			return nil, err
+		if base == nil {
+			var err error
+			if base, err = s.newest(ctx); err != nil {
+				return nil, err
+			}
+			isNewest = true
 		}
 		next, err := propose(base, change)
+		if err != nil && !isNewest {
+			base = nil
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -50,7 +60,7 @@ func (s *Store) Update(ctx context.Context, change func(*routing.State) error) (
 		if done {
 			return next.state, nil
 		}
-		base = newest
+		base, isNewest = newest, true
 	}
 }
 

@@ -212,14 +212,13 @@ func updateRevision(t *testing.T, open func() routing.Store) {
 		if i%2 == 1 {
 			s = b
 		}
+		changed := uint64(99)
 		got := update(t, s, func(s *routing.State) {
-			if s.Revision != i {
-				t.Errorf("change %d got revision %d", i, s.Revision)
-			}
+			changed = s.Revision
 			s.Revision = 4711 // not the caller's to set
 		})
-		if got.Revision != i+1 {
-			t.Errorf("revision %d after update %d", got.Revision, i+1)
+		if changed != i || got.Revision != i+1 {
+			t.Errorf("revision %d after update %d, which was of revision %d", got.Revision, i+1, changed)
 		}
 	}
 	if got := load(t, b).Revision; got != 6 {
@@ -230,14 +229,36 @@ func updateRevision(t *testing.T, open func() routing.Store) {
 func updateSeesNewest(t *testing.T, open func() routing.Store) {
 	a, b := open(), open()
 	update(t, a, func(s *routing.State) { s.Overrides = map[string]string{"u": "r1"} })
-	update(t, b, func(s *routing.State) {
-		if s.Overrides["u"] != "r1" {
-			t.Errorf("change of b does not see what a committed: %v", s.Overrides)
+	for i := range 10 {
+		seen := ""
+		update(t, b, func(s *routing.State) {
+			seen = s.Overrides["u"]
+			s.Overrides["u"] = "r2"
+		})
+		if seen != "r1" {
+			t.Errorf("change %d of b, which was committed, has not seen what a had committed: %q", i, seen)
 		}
-		s.Overrides["u"] = "r2"
-	})
-	if got := load(t, a).Overrides["u"]; got != "r2" {
-		t.Errorf("a reads %q", got)
+		if got := load(t, a).Overrides["u"]; got != "r2" {
+			t.Errorf("a reads %q", got)
+		}
+		update(t, a, func(s *routing.State) { s.Overrides["u"] = "r1" })
+	}
+}
+
+// What b knows is not the newest: it is not for that State to refuse anything.
+func updateRefusesByNewest(t *testing.T, open func() routing.Store) {
+	a, b := open(), open()
+	for i := range uint64(10) {
+		load(t, b)
+		update(t, a, bump)
+		if _, err := b.Update(within(t, patience), func(s *routing.State) error {
+			if s.Switches != i+1 {
+				return fmt.Errorf("%d switches", s.Switches)
+			}
+			return nil
+		}); err != nil {
+			t.Errorf("refused after %d by an older State: %v", i+1, err)
+		}
 	}
 }
 
