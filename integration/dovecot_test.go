@@ -22,8 +22,8 @@ type dovecot struct {
 
 var dovecotSerial atomic.Int32
 
-// newDovecot starts an instance with no mail.
-func newDovecot(t testing.TB) *dovecot {
+// newDovecot starts an instance with no mail. more is added to its configuration.
+func newDovecot(t testing.TB, more ...string) *dovecot {
 	t.Helper()
 	name := fmt.Sprintf("dc%d", dovecotSerial.Add(1))
 	d := &dovecot{host: nextHost(), cert: name + ".test"}
@@ -35,7 +35,7 @@ func newDovecot(t testing.TB) *dovecot {
 	writeFile(t, filepath.Join(dir, "master-users"), "proxy:{PLAIN}"+password+"\n")
 	expand := strings.NewReplacer("$D", dir, "$HOST", d.host, "$MAIL", mail)
 	config := filepath.Join(dir, "dovecot.conf")
-	writeFile(t, config, expand.Replace(dovecotConf))
+	writeFile(t, config, expand.Replace(dovecotConf+strings.Join(more, "\n")))
 
 	d.daemon = startDaemon(t, name, dir, dovecotProgram(t), "-F", "-c", config)
 	t.Cleanup(func() { d.stop(t, 10*time.Second) })

@@ -260,11 +260,16 @@ func (p *posthouse) lines(parts ...string) []string {
 // exit code.
 func (p *posthouse) cli(t testing.TB, args ...string) (stdout, stderr string, code int) {
 	t.Helper()
+	return p.cliWithin(t, 60*time.Second, args...)
+}
+
+func (p *posthouse) cliWithin(t testing.TB, limit time.Duration, args ...string) (stdout, stderr string, code int) {
+	t.Helper()
 	cmd := exec.Command(builtPosthouse(t, true), append(args, "-o", "json", "-c", p.conf)...)
 	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	must(t, cmd.Start())
-	killer := time.AfterFunc(60*time.Second, func() { cmd.Process.Kill() })
+	killer := time.AfterFunc(limit, func() { cmd.Process.Kill() })
 	defer killer.Stop()
 	cmd.Wait()
 	return out.String(), errs.String(), cmd.ProcessState.ExitCode()

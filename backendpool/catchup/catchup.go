@@ -120,9 +120,11 @@ func cut(s string) string {
 type Report struct {
 	// Equal is how many users are the same on both, Refused ones not counted.
 	Equal int
-	// Unequal are all users that differ or could not be compared, sorted:
-	// what is to be compared again.
+	// Unequal are all users that differ or could not be compared, sorted.
 	Unequal []string
+	// Unasked are the users that the comparison has not come to: with Unequal,
+	// what is to be compared again.
+	Unasked []string
 	// Differences are the first 20 of Count, at most three of one user.
 	Differences []Difference
 	Count       int
@@ -161,6 +163,9 @@ func (r *Report) Err() error {
 // String says on one line what was compared.
 func (r *Report) String() string {
 	text := fmt.Sprintf("users compared: %d equal, %d not", r.Equal, len(r.Unequal))
+	if len(r.Unasked) > 0 {
+		text += fmt.Sprintf(", %d not come to", len(r.Unasked))
+	}
 	if len(r.Refused) > 0 {
 		text += fmt.Sprintf(", %d that both refuse", len(r.Refused))
 	}
@@ -174,13 +179,13 @@ func (r *Report) String() string {
 // equal if both the error and the Report's Err are nil.
 //
 // An error says that something could not be told; the Report, never nil, has
-// what was found until then. Users that could not be compared are in Unequal;
-// after 20 of them Compare gives up. It returns when all is done, or soon after
-// ctx ends.
+// what was found until then, and each user in one of its lists, or counted as
+// equal. Users that could not be compared are in Unequal; after 20 of them Compare
+// gives up. It returns when all is done, or soon after ctx ends.
 func (c *Comparer) Compare(ctx context.Context, from, to *backendpool.Backend, users []string) (*Report, error) {
 	for _, b := range []*backendpool.Backend{from, to} {
 		if b.Style == backendpool.StyleReplay {
-			return &Report{}, fmt.Errorf("backend %s has login style replay: without a proxy user nobody can look into its mailboxes", b.Name)
+			return &Report{Unasked: users}, fmt.Errorf("backend %s has login style replay: without a proxy user nobody can look into its mailboxes", b.Name)
 		}
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -196,10 +201,11 @@ func (c *Comparer) Compare(ctx context.Context, from, to *backendpool.Backend, u
 		})
 	}
 feed:
-	for _, user := range users {
+	for i, user := range users {
 		select {
 		case queue <- user:
 		case <-ctx.Done():
+			t.report.Unasked = users[i:]
 			break feed
 		}
 	}
@@ -258,19 +264,23 @@ func (t *tally) add(user string, o outcome) {
 // end completes the report. That both refuse a user means nothing unless the
 // proxy user's credentials are good on both.
 func (t *tally) end(ctx context.Context, c *Comparer, from, to *backendpool.Backend) (*Report, error) {
-	r := &t.report
+	r, unproven := &t.report, false
+	for _, b := range []*backendpool.Backend{from, to} {
+		if len(r.Refused) > 0 && !c.isProven(b) {
+			unproven = true
+			t.failures = append(t.failures, fmt.Errorf(
+				"backend %s refused %s and accepted nobody: nothing shows that login.user and its password are good", b.Name, slices.Min(r.Refused)))
+		}
+	}
+	if unproven {
+		r.Unequal, r.Refused = append(r.Unequal, r.Refused...), nil
+	}
 	slices.Sort(r.Unequal)
 	slices.Sort(r.Refused)
 	slices.Sort(r.Skipped)
 	slices.SortStableFunc(r.Differences, func(x, y Difference) int { return strings.Compare(x.User, y.User) })
 	if err := context.Cause(ctx); err != nil {
 		return r, errors.Join(append([]error{err}, t.failures...)...)
-	}
-	for _, b := range []*backendpool.Backend{from, to} {
-		if len(r.Refused) > 0 && !c.isProven(b) {
-			t.failures = append(t.failures, fmt.Errorf(
-				"backend %s refused %s and accepted nobody: nothing shows that login.user and its password are good", b.Name, r.Refused[0]))
-		}
 	}
 	return r, errors.Join(t.failures...)
 }

@@ -49,12 +49,19 @@ func TestUnreachable(t *testing.T) {
 	}
 	l.Close()
 	c, a, b := members(l.Addr().String(), Options{Parallel: 2})
-	report, err := c.Compare(t.Context(), a, b, make([]string, 500))
+	var users []string
+	for i := range 500 {
+		users = append(users, fmt.Sprintf("u%03d", i))
+	}
+	report, err := c.Compare(t.Context(), a, b, users)
 	if err == nil || !strings.Contains(err.Error(), "given up after 20 users") {
 		t.Error(err)
 	}
 	if n := len(report.Unequal); n < most || n > 30 || report.Equal != 0 {
 		t.Errorf("%d to be compared again, %d equal", n, report.Equal)
+	}
+	if again := slices.Sorted(slices.Values(slices.Concat(report.Unequal, report.Unasked))); !slices.Equal(again, users) {
+		t.Errorf("not all are to be compared again: %d", len(again))
 	}
 }
 
@@ -90,8 +97,12 @@ func TestRefused(t *testing.T) {
 		return ta.end(t.Context(), c, a, b)
 	}
 	c.prove(a, "secret")
-	if _, err := judge(); err == nil || strings.Contains(err.Error(), "backend a") || !strings.Contains(err.Error(), "backend b") {
+	report, err := judge()
+	if err == nil || strings.Contains(err.Error(), "backend a") || !strings.Contains(err.Error(), "backend b") {
 		t.Errorf("b has accepted nobody: %v", err)
+	}
+	if len(report.Refused) > 0 || !slices.Equal(report.Unequal, []string{"ghost"}) {
+		t.Errorf("ghost is to be compared again: %+v", report)
 	}
 	c.prove(b, "secret")
 	if report, err := judge(); err != nil || report.Err() != nil || !slices.Equal(report.Refused, []string{"ghost"}) || report.Equal != 0 {

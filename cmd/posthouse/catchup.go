@@ -44,13 +44,16 @@ func (h *hooks) Compares(role string) bool { return h.comparisons[role] != nil }
 
 // A comparison while mail comes in goes over those again that lag. Some may be
 // left for HOLD, where nothing comes in and the catch_up program brings over
-// what lags; if too many are, replication itself is behind.
+// what lags; if too many are, replication itself is behind. However many users
+// there are, no more may be left than HOLD has the time for: 500 take 5 s at the
+// default rate, with two logins each.
 const (
 	openRounds = 4
 	openPause  = time.Second
+	mostLag    = 500
 )
 
-func mayLag(users int) int { return max(100, users/20) }
+func mayLag(users int) int { return min(max(100, users/20), mostLag) }
 
 // Compare compares the members while they are being used, without the site's
 // program.
@@ -213,7 +216,7 @@ func (c *comparison) users(ctx context.Context, call routing.HookCall) (users []
 // pursuit compares users over and over; those that were equal once are not
 // compared again.
 type pursuit struct {
-	comparer *catchup.Comparer
+	ask      func(ctx context.Context, from, to *backendpool.Backend, users []string) (*catchup.Report, error)
 	from, to *backendpool.Backend
 	missing  error // there is no such backend
 	left     []string
@@ -226,7 +229,7 @@ type pursuit struct {
 // credentials that were accepted must not be older than what it says of users
 // that are refused: one pursuit is for one occasion.
 func (c *comparison) pursue(from, to string, users []string) *pursuit {
-	p := &pursuit{comparer: catchup.New(c.pool, c.options), left: users, report: &catchup.Report{}}
+	p := &pursuit{ask: catchup.New(c.pool, c.options).Compare, left: users, report: &catchup.Report{}}
 	var known [2]bool
 	p.from, known[0] = c.pool.Backend(from)
 	p.to, known[1] = c.pool.Backend(to)
@@ -243,16 +246,11 @@ func (p *pursuit) compare(ctx context.Context) error {
 		p.untold = true
 		return p.missing
 	}
-	round, failed := p.comparer.Compare(ctx, p.from, p.to, p.left)
+	round, failed := p.ask(ctx, p.from, p.to, p.left)
 	p.untold = failed != nil
-	if failed == nil {
-		p.left = round.Unequal
-		round.Equal += p.report.Equal
-		round.Refused = append(round.Refused, p.report.Refused...)
-		round.Skipped = slices.Compact(slices.Sorted(slices.Values(append(round.Skipped, p.report.Skipped...))))
-		p.report = round
-	}
 	differs := round.Err()
+	p.left = slices.Sorted(slices.Values(slices.Concat(round.Unequal, round.Unasked)))
+	p.add(round)
 	if differs == nil && failed == nil {
 		return nil
 	}
@@ -264,6 +262,25 @@ func (p *pursuit) compare(ctx context.Context) error {
 		p.differed = fmt.Errorf("%s and %s %s: %s", p.from.Name, p.to.Name, verdict, oneLine(differs, failed))
 	}
 	return p.differed
+}
+
+// add completes the report. What an earlier round has said of those whom this one has
+// not come to stands.
+func (p *pursuit) add(round *catchup.Report) {
+	var unasked []string
+	for _, user := range round.Unasked {
+		if _, was := slices.BinarySearch(p.report.Unequal, user); was {
+			round.Unequal = append(round.Unequal, user)
+		} else {
+			unasked = append(unasked, user)
+		}
+	}
+	slices.Sort(round.Unequal)
+	round.Unasked = unasked
+	round.Equal += p.report.Equal
+	round.Refused = append(round.Refused, p.report.Refused...)
+	round.Skipped = slices.Compact(slices.Sorted(slices.Values(append(round.Skipped, p.report.Skipped...))))
+	p.report = round
 }
 
 // oneLine puts errors, of which each may be many, on one line of bounded length.
