@@ -16,11 +16,20 @@ import (
 type Comparer interface {
 	// Compares says whether the site wants roles like this one compared.
 	Compares(role string) bool
-	// Compare compares call.Seen's users on call.From and call.To. left are
-	// those that were not equal, found is the outcome in words. err says that
+	// Compare compares call.Seen's users on call.From and call.To. err says that
 	// the switch would not come to its end now, and why. It returns soon after
 	// ctx has ended, and nothing of it runs any more then.
-	Compare(ctx context.Context, call HookCall) (left Seen, found string, err error)
+	Compare(ctx context.Context, call HookCall) (Compared, error)
+}
+
+// Compared is what a comparison has found.
+type Compared struct {
+	Left  Seen   // who was not equal
+	Found string // the outcome in words
+	Users int    // that were to be compared
+	// PerUser is how long it took for each user, many being compared at a time; 0
+	// if there were too few to tell.
+	PerUser time.Duration
 }
 
 // Comparison is one of a Request: whose mail, and how it ended.
@@ -35,6 +44,11 @@ type Comparison struct {
 	Ended time.Time `json:"ended,omitzero"`
 	// Failed: the switch is refused for what was found.
 	Failed bool `json:"failed,omitempty"`
+	// Room is how many users, by the pace of this one, can be compared in HOLD at
+	// the very most; 0 if that is not known.
+	Room int `json:"room,omitempty"`
+	// Everybody is how many users there are; 0 if that is not known.
+	Everybody int `json:"everybody,omitempty"`
 }
 
 // compareTimeout bounds a comparison before HOLD.
@@ -82,6 +96,31 @@ func (r rules) compared(s *State, role string, number uint64, left Seen, c Compa
 	return nil
 }
 
+// tooMany says that the users who will have to be compared in HOLD are more than
+// there can be room for: those who were seen since the comparison, and those who are
+// inside. Nobody knows who is inside at several frontends: the most at one counts.
+func (s *State) tooMany(q *Request) string {
+	if q.Comparison == nil || q.Comparison.Room == 0 {
+		return ""
+	}
+	var seen Seen
+	for _, role := range q.Roles {
+		seen = seen.merge(s.Roles[role].Seen)
+	}
+	users := len(seen.Users)
+	if seen.All {
+		users = q.Comparison.Everybody
+	}
+	for _, r := range q.Reports {
+		users = max(users, r.Users)
+	}
+	if users <= q.Comparison.Room {
+		return ""
+	}
+	return fmt.Sprintf("%d users or more are inside, or were since the comparison: in HOLD, all these are compared, and there is time for %d "+
+		"(limits.switch_budget). Switch when fewer are inside, or without catch_up", users, q.Comparison.Room)
+}
+
 // seenIn are the users of residues.
 func seenIn(residues []Residue) Seen {
 	var seen Seen
@@ -114,8 +153,8 @@ type asking struct {
 type compareEnd struct {
 	number uint64
 	roles  []string
-	left   Seen
-	found  string
+	all    bool // users were to be compared
+	found  Compared
 	err    error
 }
 
@@ -158,8 +197,8 @@ func (d *driver) runComparison(ctx context.Context, s *State, role string, mine 
 		zap.Bool("all", call.Seen.All), zap.Int("users", len(call.Seen.Users)))
 	d.running.Go(func() {
 		defer cancel()
-		end := compareEnd{number: q.Number, roles: q.Roles}
-		end.left, end.found, end.err = d.t.opt.Hooks.(Comparer).Compare(running, call)
+		end := compareEnd{number: q.Number, roles: q.Roles, all: call.Seen.All}
+		end.found, end.err = d.t.opt.Hooks.(Comparer).Compare(running, call)
 		select {
 		case d.comparisons <- end:
 		case <-ctx.Done():
@@ -177,13 +216,19 @@ func (d *driver) comparisonEnded(ctx context.Context, end compareEnd) {
 	}
 	now := time.Now()
 	mine.cancel, mine.since = nil, now
-	c := Comparison{Found: cmp.Or(end.found, "nothing to compare"), Ended: now, Driver: d.token}
+	c := Comparison{Found: cmp.Or(end.found.Found, "nothing to compare"), Ended: now, Driver: d.token}
+	if pace := end.found.PerUser / 2; pace > 0 { // in HOLD the servers have nothing else to do
+		c.Room = max(1, int((d.t.opt.SwitchBudget-d.t.opt.UndoReserve)/pace))
+	}
+	if end.all {
+		c.Everybody = end.found.Users
+	}
 	if end.err != nil {
 		c.Found, c.Failed = end.err.Error(), true
 	}
 	d.t.log.Info("compared before HOLD", zap.Strings("roles", end.roles), zap.Uint64("switch", end.number), zap.String("found", c.Found), zap.Bool("failed", c.Failed))
 	if _, err := d.commit(ctx, end.roles, "comparison", func(s *State, role string) error {
-		return d.t.rules.compared(s, role, end.number, end.left, c)
+		return d.t.rules.compared(s, role, end.number, end.found.Left, c)
 	}); err != nil {
 		d.t.log.Error("writing down what a comparison has found; it is made again", zap.Error(err))
 	}

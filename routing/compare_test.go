@@ -15,16 +15,19 @@ type compareLog struct {
 	of      []Seen // whom each comparison was asked for
 	inHold  []Seen // whom each catch_up hook was told of
 	compare func(ctx context.Context, call HookCall) (Seen, string, error)
+	pace    Compared // Users and PerUser of each
 }
 
 func (l *compareLog) Compares(role string) bool { return role == "ma01" }
 
-func (l *compareLog) Compare(ctx context.Context, call HookCall) (Seen, string, error) {
+func (l *compareLog) Compare(ctx context.Context, call HookCall) (found Compared, err error) {
 	l.of = append(l.of, call.Seen)
-	if l.compare == nil {
-		return Seen{}, "all equal", nil
+	found = l.pace
+	found.Found = "all equal"
+	if l.compare != nil {
+		found.Left, found.Found, err = l.compare(ctx, call)
 	}
-	return l.compare(ctx, call)
+	return found, err
 }
 
 // comparing starts a frontend with a comparison, in a role of which nobody was
@@ -205,4 +208,59 @@ func TestComparisonIsCutShort(t *testing.T) {
 		mustSeen(t, "in HOLD", l.inHold, users("bob"))
 		g.stop()
 	})
+}
+
+// Whoever is inside is compared in HOLD. Are they too many for its time, HOLD does not
+// begin.
+func TestTooManyInside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &compareLog{}
+		f := h.comparing(l)
+		g := h.start("g")
+		l.pace.PerUser = 2 * (f.opt.SwitchBudget - f.opt.UndoReserve) / 3
+		leaves := func(s *Stay) {
+			<-s.Revoked()
+			s.Leave(proven)
+		}
+		for _, user := range []string{"alice", "bob", "stays"} {
+			go leaves(f.enter(user))
+		}
+		go leaves(f.enter("alice"))
+		go leaves(g.enter("alice"))
+		fourth := f.enter("again")
+		f.mustFail(toA, "preflight: 4 users or more are inside", "there is time for 3")
+		if p, err := f.Plan(t.Context(), toA); err != nil || p.Refused == "" {
+			t.Errorf("%+v, %v", p, err)
+		}
+		if row := f.Snapshot().Roles["ma01"]; row.Epoch != 2 || row.Request != nil {
+			t.Errorf("%+v", row)
+		}
+		fourth.Leave(proven)
+		f.mustSwitch(toA)
+		mustSeen(t, "in HOLD", l.inHold, users("alice", "bob", "stays"))
+		f.stop()
+		g.stop()
+	})
+}
+
+// Of everybody it is known how many they are if everybody was compared.
+func TestTooManySeen(t *testing.T) {
+	for name, test := range map[string]struct {
+		c    Comparison
+		seen Seen
+		want bool
+	}{
+		"fewer":                {Comparison{Room: 2}, users("a", "b"), false},
+		"more":                 {Comparison{Room: 2}, users("a", "b", "c"), true},
+		"no pace":              {Comparison{Everybody: 44000}, Seen{All: true}, false},
+		"everybody":            {Comparison{Room: 2000, Everybody: 44000}, Seen{All: true}, true},
+		"everybody are few":    {Comparison{Room: 2000, Everybody: 300}, Seen{All: true}, false},
+		"everybody, who knows": {Comparison{Room: 2000}, Seen{All: true}, false},
+	} {
+		s := &State{Roles: map[string]Row{"r": {Seen: test.seen}}}
+		if why := s.tooMany(&Request{Roles: []string{"r"}, Comparison: &test.c}); (why != "") != test.want {
+			t.Errorf("%s: %q", name, why)
+		}
+	}
 }

@@ -38,8 +38,9 @@ type Request struct {
 
 // Report is what one frontend says to a Request.
 type Report struct {
-	// Sessions that are inside the request's roles.
+	// Sessions that are inside the request's roles, and Users who have them.
 	Sessions int `json:"sessions"`
+	Users    int `json:"users,omitempty"`
 	// Crowded says which of their logins would find no place to wait; empty if
 	// all would find one.
 	Crowded string `json:"crowded,omitempty"`
@@ -206,6 +207,9 @@ func (s *State) obstacle(row Row) (why string, mayPass bool) {
 			"or limits.hold_window, switch_budget or undo_reserve: any of them may drive the switch",
 			listed(slices.Sorted(maps.Values(digests)))))
 	}
+	if why := s.tooMany(q); why != "" && len(missing) == 0 {
+		unready = append(unready, why)
+	}
 	if len(unready) > 0 {
 		return "preflight: " + strings.Join(unready, "; "), false
 	}
@@ -310,10 +314,13 @@ func (t *Table) inspect(roles []string, report *Report) (hands map[string]handed
 		g := t.gateLocked(role)
 		t.pruneLocked(g)
 		hands[role] = g.handOver()
+		inside := make(map[string]bool)
 		for s := range g.stays { // they may change more
 			g.see(s.User)
+			inside[s.User] = true
 		}
 		report.Sessions += len(g.stays)
+		report.Users += len(inside)
 	}
 	report.Crowded = t.crowdedLocked(roles)
 	return hands

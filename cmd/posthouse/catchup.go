@@ -57,14 +57,14 @@ func mayLag(users int) int { return min(max(100, users/20), mostLag) }
 
 // Compare compares the members while they are being used, without the site's
 // program.
-func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routing.Seen, found string, err error) {
+func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (found routing.Compared, err error) {
 	c := h.comparisons[call.Roles[0]]
 	if call.From == "" {
-		return call.Seen, "not compared: nobody knows the old active", nil
+		return routing.Compared{Left: call.Seen, Found: "not compared: nobody knows the old active"}, nil
 	}
 	users, err := c.users(ctx, call)
 	if err != nil {
-		return left, "", fmt.Errorf("list the users to compare: %w", err)
+		return found, fmt.Errorf("list the users to compare: %w", err)
 	}
 	p := c.pursue(call.From, call.To, users)
 	for round := range openRounds {
@@ -77,11 +77,11 @@ func (h *hooks) Compare(ctx context.Context, call routing.HookCall) (left routin
 	}
 	switch {
 	case err == nil:
-		return left, p.report.String(), nil
+		return p.compared(len(users), ""), nil
 	case ctx.Err() != nil || p.untold || len(p.left) > mayLag(len(users)):
-		return left, "", fmt.Errorf("%w (%s)", err, p.report)
+		return found, fmt.Errorf("%w (%s)", err, p.report)
 	}
-	return routing.Seen{Users: p.left}, p.report.String() + "; those are compared again in HOLD", nil
+	return p.compared(len(users), "; those are compared again in HOLD"), nil
 }
 
 // rejoinRounds is how often those are compared again who differ behind a rejoin.
@@ -223,6 +223,15 @@ type pursuit struct {
 	report   *catchup.Report // of all rounds
 	differed error           // what the last round said that came to its end
 	untold   bool            // the last round could not compare somebody
+	pace     time.Duration   // for each user of the first round, if they were enough to tell
+}
+
+// paced is of how many users the pace is told by.
+const paced = 200
+
+// compared is what is left of so many users, and what more is said of them.
+func (p *pursuit) compared(users int, more string) routing.Compared {
+	return routing.Compared{Left: routing.Seen{Users: p.left}, Found: p.report.String() + more, Users: users, PerUser: p.pace}
 }
 
 // pursue begins a comparison of users on two backends. What it knows of
@@ -246,7 +255,11 @@ func (p *pursuit) compare(ctx context.Context) error {
 		p.untold = true
 		return p.missing
 	}
+	began := time.Now()
 	round, failed := p.ask(ctx, p.from, p.to, p.left)
+	if asked := len(p.left) - len(round.Unasked); asked >= paced && p.pace == 0 {
+		p.pace = time.Since(began) / time.Duration(asked)
+	}
 	p.untold = failed != nil
 	differs := round.Err()
 	p.left = slices.Sorted(slices.Values(slices.Concat(round.Unequal, round.Unasked)))

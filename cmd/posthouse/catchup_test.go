@@ -3,11 +3,13 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -128,6 +130,26 @@ func TestPursuit(t *testing.T) {
 	}
 }
 
+// TestPace: of few users nobody can tell how long many take.
+func TestPace(t *testing.T) {
+	for users, want := range map[int]time.Duration{paced - 1: 0, paced: 3 * time.Millisecond} {
+		synctest.Test(t, func(t *testing.T) {
+			p := &pursuit{report: &catchup.Report{}, from: &backendpool.Backend{Name: "a"}, to: &backendpool.Backend{Name: "b"}}
+			for i := range users + 100 {
+				p.left = append(p.left, fmt.Sprintf("u%06d", i))
+			}
+			p.ask = func(_ context.Context, _, _ *backendpool.Backend, all []string) (*catchup.Report, error) {
+				time.Sleep(3 * time.Millisecond * time.Duration(users))
+				return &catchup.Report{Equal: users, Unasked: all[users:]}, context.DeadlineExceeded
+			}
+			_ = p.compare(t.Context())
+			if c := p.compared(len(p.left), ""); c.PerUser != want || len(c.Left.Users) != 100 {
+				t.Errorf("%d users: %v each, left %d", users, c.PerUser, len(c.Left.Users))
+			}
+		})
+	}
+}
+
 // TestMayLag: what may be left for HOLD is some of the users, and never more than
 // can be compared there.
 func TestMayLag(t *testing.T) {
@@ -175,7 +197,7 @@ func TestCatchUpGivesUp(t *testing.T) {
 		t.Errorf("the program asks to be tried again: %v", err)
 	}
 	// Before HOLD the program does not run, and the switch is refused.
-	if _, _, err := h.Compare(t.Context(), call); err == nil || !strings.Contains(err.Error(), "could not be compared: u: connect to backend ") || !h.Compares("ma01") {
+	if _, err := h.Compare(t.Context(), call); err == nil || !strings.Contains(err.Error(), "could not be compared: u: connect to backend ") || !h.Compares("ma01") {
 		t.Errorf("before HOLD: %v", err)
 	}
 	// That rejoin has ended well is not enough: it is a copy if it compares equal.

@@ -39,6 +39,7 @@ func Run(t *testing.T, open Opener) {
 		{"Load/Linearizable", loadLinearizable},
 		{"Update/RevisionGrowsByOne", updateRevision},
 		{"Update/SeesTheNewest", updateSeesNewest},
+		{"Update/RefusesByTheNewest", updateRefusesByNewest},
 		{"Update/ErrorWritesNothing", updateError},
 		{"Update/ChangeIsPrivate", updateIsPrivate},
 		{"Update/EndedContext", updateEndedContext},

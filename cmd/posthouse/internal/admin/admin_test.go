@@ -379,12 +379,12 @@ type compares struct{ routing.Hooks }
 
 func (compares) Compares(string) bool { return true }
 
-func (compares) Compare(ctx context.Context, _ routing.HookCall) (routing.Seen, string, error) {
+func (compares) Compare(ctx context.Context, _ routing.HookCall) (found routing.Compared, err error) {
 	select {
 	case <-ctx.Done():
-		return routing.Seen{}, "", ctx.Err()
+		return found, ctx.Err()
 	case <-time.After(max(ioTimeout, askTimeout) + time.Second):
-		return routing.Seen{}, "all equal", nil
+		return routing.Compared{Found: "all equal"}, nil
 	}
 }
 
