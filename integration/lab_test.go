@@ -35,6 +35,7 @@ var requirements = []string{
 	"/usr/lib/cyrus/bin/imtest", "/usr/lib/dovecot/imap", "/usr/lib/dovecot/pop3", "/usr/lib/dovecot/managesieve",
 	"/usr/lib/dovecot/lmtp", "/usr/lib/postfix/sbin/master", "postqueue", "postsuper", "swaks",
 	"/usr/bin/doveconf", "saslpasswd2", "setpriv", "unshare", "curl", "mbsync", "sieve-connect", "openssl",
+	"perl", "ssh", sshdProgram,
 }
 
 func TestMain(m *testing.M) { os.Exit(run(m)) }
