@@ -76,7 +76,7 @@ func (s *hookSite) overSSH(t testing.TB, more string) *sshd {
 }
 
 // TestHooksOverSSH: the shipped hooks reach the other host by a real ssh and its
-// forced command: anew for each stage, and by a connection that somebody else keeps.
+// forced command: anew for each stage, and by a connection that is kept.
 func TestHooksOverSSH(t *testing.T) {
 	t.Parallel()
 	users := userNames(3)
@@ -102,19 +102,15 @@ func TestHooksOverSSH(t *testing.T) {
 		}
 		logTook(t, took)
 	}
-	control := filepath.Join(s.dir, "control")
-	server := s.overSSH(t, "-o ControlPath="+control)
+	s.overSSH(t, "")
 	t.Run("anew", rounds)
-	t.Run("kept", func(t *testing.T) {
-		words := strings.Fields(setting(t, s.config, "ssh"))
-		d := startDaemon(t, "ssh", newDir(t, "ssh-"), append(words, "-M", "-N", "root@"+strings.TrimSuffix(server.address, ":22"))...)
-		defer d.stop(t, 5*time.Second)
-		within(t, 10*time.Second, "the connection is there", func() bool { _, err := os.Stat(control); return err == nil })
-		rounds(t)
-	})
+	server := s.overSSH(t, "-o ControlMaster=auto -o ControlPersist=60 -o ControlPath="+filepath.Join(s.dir, "%h"))
+	words := append(strings.Fields(setting(t, s.config, "ssh")), "root@"+strings.TrimSuffix(server.address, ":22"))
+	hangUp := func() { exec.Command(words[0], append([]string{"-O", "exit"}, words[1:]...)...).Run() }
+	t.Cleanup(hangUp)
+	t.Run("kept", rounds)
 
 	// Nobody gets anything else out of it.
-	words := append(strings.Fields(setting(t, s.config, "ssh")), "root@"+strings.TrimSuffix(server.address, ":22"))
 	for _, request := range []string{"id", "promote b 1 1 1 promote ma01 a; id", ""} {
 		out, err := runTool(t, 10*time.Second, nil, append(words, strings.Fields(request)...)...)
 		if err == nil || !strings.Contains(out, "refused") || strings.Contains(out, "uid=") {
@@ -123,6 +119,7 @@ func TestHooksOverSSH(t *testing.T) {
 	}
 
 	// A host that is not reached keeps the old one at work.
+	hangUp()
 	server.stop(t, 10*time.Second)
 	s.number++
 	s.must(t, 1, call{step: "demote", from: "a", to: "b", number: s.number, attempt: 1, users: users}, "a serves on")
