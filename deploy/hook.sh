@@ -264,7 +264,8 @@ at() {
 	prove:prove | demote:demote | catch_up:catch_up | catch_up_all:catch_up | list:catch_up | list_all:catch_up | agree:catch_up | promote:promote | undo_promote:undo_promote | undo_demote:undo_demote) ;;
 	*) fail "refused: no step" ;;
 	esac
-	get "$name.host" && [ -z "$value" ] || fail "refused: no instance of this host"
+	get "$name.dir"
+	[ -n "$value" ] && [ -z "$(setting "$name.host")" ] || fail "refused: no instance of this host"
 	find_instance
 	# It comes with the number of the failover, which is over: whoever drove it.
 	[ "$step" != rejoin ] || attempt=999999999
