@@ -37,7 +37,7 @@ test: deps vet lint
 	$(TOOL) gotestsum --format pkgname-and-test-fails --raw-command -- tools/testall unit integration
 
 # What LMTP costs beside Dovecot's proxy, and how long a switch takes
-# (docs/benchmarks.md, docs/switchover.md), in fifteen minutes, on a machine that does
+# (docs/benchmarks.md, docs/switchover.md), in twenty minutes, on a machine that does
 # nothing else. TMPDIR: the mail goes to memory.
 bench: deps build
 	go vet -tags bench ./integration
