@@ -392,3 +392,19 @@ func TestDecide(t *testing.T) {
 		t.Errorf("a residue is in the way, but the switch says %q", why)
 	}
 }
+
+// A hook that does not mind its deadline may succeed when the time is over. Then it is
+// undone, and nothing goes on.
+func TestAHookThatEndsTooLate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		var l hookLog
+		f := h.startWith(&l, HookDemote, HookCatchUp, HookPromote, HookUndoDemote)
+		l.do = map[Hook]func(HookCall){HookCatchUp: func(HookCall) { time.Sleep(f.opt.SwitchBudget) }}
+		f.mustFail(toB, "catch-up took too long")
+		if !slices.Equal(l.ran, []Hook{HookDemote, HookCatchUp, HookUndoDemote}) || f.Snapshot().Roles["ma01"].Active != "a" {
+			t.Errorf("hooks %v ran: %+v", l.ran, f.Snapshot().Roles["ma01"])
+		}
+		f.stop()
+	})
+}
