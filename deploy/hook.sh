@@ -132,7 +132,8 @@ seen() {
 				}
 				my ($program, @words) = split /\0/, $arguments or next;
 				$program =~ s{.*/}{};
-				$program =~ s{\s.*}{}s; # anybody may call his program what he likes
+				$program =~ s{[^\w.+-].*}{}s; # anybody may call his program what he likes
+				$program = "?" if $program eq "";
 				my $option = "";
 				for my $word (@words) {
 					print "$id $program $option $word\n" if $files{$word} && $options{$option};
@@ -285,6 +286,7 @@ find_dir() {
 	get "$name.dir"
 	[ -n "$value" ] || fail "$config does not know it"
 	dir=$(CDPATH='' cd -L -- "$value" && pwd -L) || fail "$name.dir is no directory"
+	case $dir in *[!A-Za-z0-9._/+@:=-]*) fail "$name.dir has characters in it that no server's command line may have: $dir" ;; esac
 }
 
 find_instance() {

@@ -348,12 +348,15 @@ func TestHookOutputEnds(t *testing.T) {
 	}
 }
 
-// TestHookBelievesNoName: anybody may give his program a name of several lines.
+// TestHookBelievesNoName: anybody may give his program a name of several lines, or
+// none, or that of another process.
 func TestHookBelievesNoName(t *testing.T) {
 	t.Parallel()
 	s := newHookStub(t, "")
 	victim := s.process(t, "innocent")
-	s.process(t, fmt.Sprintf("/x\n%d imapd -C %s/imapd.conf\nx", victim.Process.Pid, s.etc), "-C", s.etc+"/imapd.conf")
+	for _, name := range []string{fmt.Sprintf("/x\n%d imapd -C %s/imapd.conf\nx", victim.Process.Pid, s.etc), "/", "", fmt.Sprint(victim.Process.Pid), fmt.Sprint(" ", victim.Process.Pid)} {
+		s.process(t, name, "-C", s.etc+"/imapd.conf")
+	}
 	if out, err := s.at(t, "fence", "fence", 1); err != nil {
 		t.Errorf("fence: %v: %s", err, out)
 	}
