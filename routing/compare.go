@@ -44,8 +44,9 @@ type Comparison struct {
 	Ended time.Time `json:"ended,omitzero"`
 	// Failed: the switch is refused for what was found.
 	Failed bool `json:"failed,omitempty"`
-	// Room is how many users, by the pace of this one, can be compared in HOLD at
-	// the very most; 0 if that is not known.
+	// Room is an estimate of how many users can be compared in HOLD at the very most:
+	// at four times the pace of this one, for the servers have nothing else to do then;
+	// 0 if there is none.
 	Room int `json:"room,omitempty"`
 	// Everybody is how many users there are; 0 if that is not known.
 	Everybody int `json:"everybody,omitempty"`
@@ -97,7 +98,7 @@ func (r rules) compared(s *State, role string, number uint64, left Seen, c Compa
 }
 
 // tooMany says that the users who will have to be compared in HOLD are more than
-// there can be room for: those who were seen since the comparison, and those who are
+// there will be room for: those who were seen since the comparison, and those who are
 // inside. Nobody knows who is inside at several frontends: the most at one counts.
 func (s *State) tooMany(q *Request) string {
 	if q.Comparison == nil || q.Comparison.Room == 0 {
@@ -107,18 +108,20 @@ func (s *State) tooMany(q *Request) string {
 	for _, role := range q.Roles {
 		seen = seen.merge(s.Roles[role].Seen)
 	}
-	users := len(seen.Users)
-	if seen.All {
-		users = q.Comparison.Everybody
+	c := q.Comparison
+	if seen.All && c.Everybody > c.Room {
+		return fmt.Sprintf("it is not known whose mail may have changed since the comparison (a residue of nobody knows whom, see `posthouse roles`, or more than "+
+			"%d users): in HOLD everybody is compared, and limits.switch_budget has time for some %d of %d users", mostSeen, c.Room, c.Everybody)
 	}
+	users := len(seen.Users)
 	for _, r := range q.Reports {
 		users = max(users, r.Users)
 	}
-	if users <= q.Comparison.Room {
-		return ""
+	if users > c.Room {
+		return fmt.Sprintf("%d users or more are inside, or were since the comparison: in HOLD these are compared, and limits.switch_budget has time for some %d: "+
+			"switch when fewer are inside", users, c.Room)
 	}
-	return fmt.Sprintf("%d users or more are inside, or were since the comparison: in HOLD, all these are compared, and there is time for %d "+
-		"(limits.switch_budget). Switch when fewer are inside, or without catch_up", users, q.Comparison.Room)
+	return ""
 }
 
 // seenIn are the users of residues.
@@ -217,14 +220,14 @@ func (d *driver) comparisonEnded(ctx context.Context, end compareEnd) {
 	now := time.Now()
 	mine.cancel, mine.since = nil, now
 	c := Comparison{Found: cmp.Or(end.found.Found, "nothing to compare"), Ended: now, Driver: d.token}
-	if pace := end.found.PerUser / 2; pace > 0 { // in HOLD the servers have nothing else to do
-		c.Room = max(1, int((d.t.opt.SwitchBudget-d.t.opt.UndoReserve)/pace))
+	switch {
+	case end.err != nil:
+		c.Found, c.Failed = end.err.Error(), true
+	case end.found.PerUser > 0:
+		c.Room = max(1, int(4*d.t.opt.SwitchBudget/end.found.PerUser))
 	}
 	if end.all {
 		c.Everybody = end.found.Users
-	}
-	if end.err != nil {
-		c.Found, c.Failed = end.err.Error(), true
 	}
 	d.t.log.Info("compared before HOLD", zap.Strings("roles", end.roles), zap.Uint64("switch", end.number), zap.String("found", c.Found), zap.Bool("failed", c.Failed))
 	if _, err := d.commit(ctx, end.roles, "comparison", func(s *State, role string) error {

@@ -313,3 +313,59 @@ func TestWhatIsGivenUpIsNotUndone(t *testing.T) {
 		f.stop()
 	})
 }
+
+// That demote has ended is written down late. It does not run again meanwhile: it would
+// be cut off when the next phase comes.
+func TestALateStepCutsNoHookOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{site: h.site, slow: map[Hook]time.Duration{HookDemote: 3 * time.Second, HookPromote: time.Second}}
+		h.withHooks(l, HookDemote, HookPromote, HookUndoDemote, HookUndoPromote)
+		f := h.start("f")
+		ended := f.goSwitch(toB)
+		time.Sleep(2900 * time.Millisecond)
+		h.site.fail(errors.New("no answer"))
+		time.Sleep(2 * time.Second)
+		h.site.fail(nil)
+		number := h.site.get().Roles["ma01"].Switch.Number
+		if _, err := h.site.open().Update(t.Context(), func(s *State) error { // it has been on its way
+			if err := (rules{}).ran(s, "ma01", number, HookRun{Hook: HookDemote, Attempt: 1, Began: time.Now().Add(-5 * time.Second)}); err != nil {
+				return err
+			}
+			return rules{}.advance(s, "ma01", PhaseDemote, time.Now())
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		if rec := f.Snapshot().History[0]; !slices.Equal(l.ran, []Hook{HookDemote, HookPromote}) || len(rec.Runs) != 2 {
+			t.Errorf("hooks %v ran, and the history has %+v", l.ran, rec.Runs)
+		}
+		f.stop()
+	})
+}
+
+// A hook's end counts for its own phase only.
+func TestTheEndOfAnEarlierPhase(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := &hookLog{site: h.site, slow: map[Hook]time.Duration{HookPromote: 5 * time.Second}}
+		h.withHooks(l, HookDemote, HookPromote, HookUndoDemote, HookUndoPromote)
+		f := h.start("f")
+		ended := f.goSwitch(toB)
+		time.Sleep(time.Second) // promote is at work
+		d := newDriver(f.Table)
+		sw := f.Snapshot().Roles["ma01"].Switch
+		d.token = sw.Driver
+		d.switches[sw.Number] = &driving{number: sw.Number, roles: []string{"ma01"}, isMine: true, since: time.Now(), hook: HookDemote, in: PhaseDemote}
+		d.hookEnded(t.Context(), hookEnd{number: sw.Number, run: HookRun{Hook: HookDemote, Began: time.Now()}})
+		if row := h.site.get().Roles["ma01"]; row.Phase != PhasePromote || len(row.Switch.Runs) != 1 {
+			t.Errorf("demote's end has led to %s while promote runs: %+v", row.Phase, row.Switch)
+		}
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		f.stop()
+	})
+}

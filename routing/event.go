@@ -129,6 +129,11 @@ func changes(old, now *State) []Event {
 		}
 	}
 	for _, rec := range now.History {
+		row := old.Roles[rec.Role]
+		if row.Switch != nil && row.Switch.Number == rec.Number {
+			row.Switch, row.Epoch = &rec.Switch, rec.Epochs[rec.Role]
+			events = append(events, hookChanges(rec.Role, old.Roles[rec.Role].Switch, row)...)
+		}
 		events = append(events, endOf(rec, old.History)...)
 	}
 	return events

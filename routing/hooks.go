@@ -44,6 +44,7 @@ type hookEnd struct {
 	number uint64
 	run    HookRun
 	err    error
+	isOld  bool // it is told again
 }
 
 // runHook begins a hook that the row announces already. hookEnded hears of its
@@ -81,7 +82,7 @@ func (d *driver) runHook(ctx context.Context, s *State, hook Hook, row Row, mine
 			run.Error = err.Error()
 		}
 		select {
-		case d.ended <- hookEnd{mine.number, run, err}:
+		case d.ended <- hookEnd{number: mine.number, run: run, err: err}:
 		case <-ctx.Done():
 			d.t.log.Warn("hook ended with its driver's office: who drives the switch next runs it again", zap.String("hook", string(hook)),
 				zap.Uint64("switch", mine.number), zap.String("output", run.Output), zap.Error(err))
@@ -96,9 +97,11 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	mine, t := d.switches[end.number], d.t
 	fields := []zap.Field{zap.String("hook", string(end.run.Hook)), zap.Uint64("switch", end.number),
 		zap.Duration("took", end.run.Took)}
-	if end.err != nil {
+	switch {
+	case end.isOld:
+	case end.err != nil:
 		t.log.Error("hook failed", append(fields, zap.Error(end.err))...)
-	} else {
+	default:
 		t.log.Info("hook done", fields...)
 	}
 	if mine == nil {
@@ -106,19 +109,12 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	}
 	in := mine.in
 	mine.hook, mine.cancel = "", nil
-	ran := d.own(mine, func(s *State, role string) error { return t.rules.ran(s, role, mine.number, end.run) })
-	did, err := false, error(nil)
-	if end.err == nil && !isUndo(end.run.Hook) {
-		did, err = d.goOn(ctx, mine, end.run.Hook, ran)
-	}
-	if !did && err == nil {
-		did, err = d.commit(ctx, mine.roles, "hook "+string(end.run.Hook), ran)
-	}
+	did, err := d.writeDown(ctx, mine, end)
 	row := t.Snapshot().Roles[mine.roles[0]]
 	switch {
 	case err != nil:
-		t.log.Error("writing down how a hook ended; it is run again", zap.Error(err))
-		mine.notBefore = time.Now().Add(retryAfter)
+		t.log.Error("writing down how a hook ended; trying again", zap.Error(err))
+		d.endsAgain(ctx, mine, end)
 	case row.Switch == nil || row.Switch.Number != mine.number:
 		delete(d.switches, end.number)
 	case row.Phase != in: // on, or aborted under it
@@ -140,6 +136,38 @@ func (d *driver) hookEnded(ctx context.Context, end hookEnd) {
 	}
 }
 
+// endsAgain has hookEnded told anew, later: what was written may be on its way still,
+// and a hook that ran again would be cut off when it arrives.
+func (d *driver) endsAgain(ctx context.Context, mine *driving, end hookEnd) {
+	end.isOld = true
+	mine.hook, mine.cancel = end.run.Hook, func() {}
+	d.running.Go(func() {
+		if pause(ctx, retryAfter) {
+			select {
+			case d.ended <- end:
+			case <-ctx.Done():
+			}
+		}
+	})
+}
+
+// writeDown writes down how a hook ended: with the next phase, if that follows.
+func (d *driver) writeDown(ctx context.Context, mine *driving, end hookEnd) (did bool, err error) {
+	in := mine.in
+	ran := d.own(mine, func(s *State, role string) error {
+		if now := s.Roles[role].Phase; now != in && now != PhaseAbort {
+			return fmt.Errorf("%w: role %s has gone on to %s", ErrConflict, role, now)
+		}
+		return d.t.rules.ran(s, role, mine.number, end.run)
+	})
+	if end.err == nil && !isUndo(end.run.Hook) {
+		if did, err = d.goOn(ctx, mine, end.run.Hook, ran); did || err != nil {
+			return did, err
+		}
+	}
+	return d.commit(ctx, mine.roles, "hook "+string(end.run.Hook), ran)
+}
+
 // goOn writes down that a hook ran and what follows, in one step, if that is the next
 // phase: users wait for it.
 func (d *driver) goOn(ctx context.Context, mine *driving, hook Hook, ran func(s *State, role string) error) (bool, error) {
@@ -150,7 +178,7 @@ func (d *driver) goOn(ctx context.Context, mine *driving, hook Hook, ran func(s 
 		next, now := *mine, time.Now()
 		row := s.Roles[mine.roles[0]]
 		d.hookDone(&next, row, hook)
-		if do, why := decide(s, next, d.left(mine, row, now) <= 0, true); do != moveAdvance || row.Phase != mine.in {
+		if do, why := decide(s, next, d.left(mine, row, now) <= 0, true); do != moveAdvance {
 			return fmt.Errorf("%w: not yet: %s", ErrConflict, why)
 		}
 		return each(mine.roles, func(role string) error { return d.t.rules.advance(s, role, row.Phase, now) })

@@ -408,3 +408,24 @@ func TestAHookThatEndsTooLate(t *testing.T) {
 		f.stop()
 	})
 }
+
+// Whoever follows a switch is told of each hook once, the last one too.
+func TestHooksAreTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		l := hookLog{slow: map[Hook]time.Duration{HookDemote: time.Second, HookCatchUp: time.Second, HookPromote: time.Second}}
+		f := h.startWith(&l, HookDemote, HookCatchUp, HookPromote)
+		var told []string
+		_, err := f.Switch(t.Context(), toB, func(e Event) {
+			switch e.Kind {
+			case EventHook, EventPhase, EventOpened:
+				told = append(told, strings.Fields(e.Text + " open")[0])
+			}
+		})
+		want := []string{"demote", "demote", "catch-up", "catch_up", "promote", "promote", "open"} // phases, and hooks behind them
+		if err != nil || !slices.Equal(told, want) {
+			t.Errorf("told of %q, %v", told, err)
+		}
+		f.stop()
+	})
+}

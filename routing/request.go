@@ -207,7 +207,7 @@ func (s *State) obstacle(row Row) (why string, mayPass bool) {
 			"or limits.hold_window, switch_budget or undo_reserve: any of them may drive the switch",
 			listed(slices.Sorted(maps.Values(digests)))))
 	}
-	if why := s.tooMany(q); why != "" && len(missing) == 0 {
+	if why := s.tooMany(q); why != "" {
 		unready = append(unready, why)
 	}
 	if len(unready) > 0 {

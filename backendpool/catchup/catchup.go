@@ -125,6 +125,9 @@ type Report struct {
 	// Unasked are the users that the comparison has not come to: with Unequal,
 	// what is to be compared again.
 	Unasked []string
+	// Begun is how long it took until the last of the others was begun: one user who
+	// takes long does not count.
+	Begun time.Duration
 	// Differences are the first 20 of Count, at most three of one user.
 	Differences []Difference
 	Count       int
@@ -200,6 +203,7 @@ func (c *Comparer) Compare(ctx context.Context, from, to *backendpool.Backend, u
 			}
 		})
 	}
+	began := time.Now()
 feed:
 	for i, user := range users {
 		select {
@@ -209,6 +213,7 @@ feed:
 			break feed
 		}
 	}
+	t.report.Begun = time.Since(began)
 	close(queue)
 	workers.Wait()
 	return t.end(ctx, c, from, to)

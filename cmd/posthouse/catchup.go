@@ -255,10 +255,9 @@ func (p *pursuit) compare(ctx context.Context) error {
 		p.untold = true
 		return p.missing
 	}
-	began := time.Now()
 	round, failed := p.ask(ctx, p.from, p.to, p.left)
 	if asked := len(p.left) - len(round.Unasked); asked >= paced && p.pace == 0 {
-		p.pace = time.Since(began) / time.Duration(asked)
+		p.pace = round.Begun / time.Duration(asked)
 	}
 	p.untold = failed != nil
 	differs := round.Err()

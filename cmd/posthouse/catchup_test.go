@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
@@ -133,20 +132,17 @@ func TestPursuit(t *testing.T) {
 // TestPace: of few users nobody can tell how long many take.
 func TestPace(t *testing.T) {
 	for users, want := range map[int]time.Duration{paced - 1: 0, paced: 3 * time.Millisecond} {
-		synctest.Test(t, func(t *testing.T) {
-			p := &pursuit{report: &catchup.Report{}, from: &backendpool.Backend{Name: "a"}, to: &backendpool.Backend{Name: "b"}}
-			for i := range users + 100 {
-				p.left = append(p.left, fmt.Sprintf("u%06d", i))
-			}
-			p.ask = func(_ context.Context, _, _ *backendpool.Backend, all []string) (*catchup.Report, error) {
-				time.Sleep(3 * time.Millisecond * time.Duration(users))
-				return &catchup.Report{Equal: users, Unasked: all[users:]}, context.DeadlineExceeded
-			}
-			_ = p.compare(t.Context())
-			if c := p.compared(len(p.left), ""); c.PerUser != want || len(c.Left.Users) != 100 {
-				t.Errorf("%d users: %v each, left %d", users, c.PerUser, len(c.Left.Users))
-			}
-		})
+		p := &pursuit{report: &catchup.Report{}, from: &backendpool.Backend{Name: "a"}, to: &backendpool.Backend{Name: "b"}}
+		for i := range users + 100 {
+			p.left = append(p.left, fmt.Sprintf("u%06d", i))
+		}
+		p.ask = func(_ context.Context, _, _ *backendpool.Backend, all []string) (*catchup.Report, error) {
+			return &catchup.Report{Equal: users, Unasked: all[users:], Begun: 3 * time.Millisecond * time.Duration(users)}, context.DeadlineExceeded
+		}
+		_ = p.compare(t.Context())
+		if c := p.compared(len(p.left), ""); c.PerUser != want || len(c.Left.Users) != 100 {
+			t.Errorf("%d users: %v each, left %d", users, c.PerUser, len(c.Left.Users))
+		}
 	}
 }
 

@@ -289,3 +289,32 @@ func TestWithoutEtcd(t *testing.T) {
 		})
 	}
 }
+
+// What was heard long ago is no ground for a transaction: with etcd away it would not
+// be known whether it was committed, and behind many commits neither.
+func TestUpdateReadsFirst(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 1)
+	way := newCable(t, c[0])
+	a := openStore(t, t.TempDir(), Options{Endpoints: []string{way.url}})
+	b := openStore(t, t.TempDir(), Options{Endpoints: c.urls()})
+	update(t, a, bump)
+	for range writersKept + 6 {
+		update(t, b, bump)
+	}
+	time.Sleep(freshFor)
+	way.silence()
+	go func() {
+		time.Sleep(300 * time.Millisecond)
+		way.cut()
+		way.mend()
+	}()
+	update(t, a, bump)
+
+	time.Sleep(freshFor)
+	c[0].kill()
+	_, err := a.Update(within(t, 1500*time.Millisecond), func(s *routing.State) error { s.Switches++; return nil })
+	if err == nil || !strings.Contains(err.Error(), "reading the role table") || strings.Contains(err.Error(), "not known") {
+		t.Error(err)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"path"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -21,8 +22,12 @@ type knowledge struct {
 	cluster uint64 // etcd's ID of itself; 0 before the first answer
 	rev     int64  // etcd's revision up to which everything is known
 	view    *view  // the newest table; nil before the first answer
+	heard   time.Time
 	changed chan struct{}
 }
+
+// freshFor is how long what etcd has said is most probably the newest still.
+const freshFor = time.Second
 
 func (s *Store) known() knowledge {
 	s.mu.Lock()
@@ -170,7 +175,7 @@ func (s *Store) learnAnswer(before knowledge, head *etcdserverpb.ResponseHeader,
 
 // learnLocked takes note that v is the table as of rev.
 func (s *Store) learnLocked(rev int64, v *view) {
-	s.know.rev = max(s.know.rev, rev)
+	s.know.rev, s.know.heard = max(s.know.rev, rev), time.Now()
 	if s.know.view != nil && v.mod <= s.know.view.mod {
 		return
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 
@@ -34,9 +35,13 @@ func (s *Store) Update(ctx context.Context, change func(*routing.State) error) (
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	// What is known is the newest table most of the time, and the commit finds out.
-	// A refusal counts only if it is by the newest.
-	base, isNewest := s.known().view, false
+	// What was heard a moment ago is the newest table most of the time, and the commit
+	// finds out. A refusal counts only if it is by the newest.
+	var base *view
+	isNewest := false
+	if known := s.known(); time.Since(known.heard) < freshFor {
+		base = known.view
+	}
 	for {
 		if base == nil {
 			var err error
