@@ -42,7 +42,8 @@ func newLan(t testing.TB) *lan {
 	n := lanSerial.Add(1) - 1
 	pid := os.Getpid()
 	l := &lan{bridge: fmt.Sprintf("ph%dx%d", pid, n)}
-	first := netip.AddrFrom4([4]byte{10, byte(pid >> 8), byte(pid), byte(n%4) << 6}).Next()
+	at := uint32(pid)&0xfff<<12 | uint32(n)&0x3f<<6 // 64 networks of this run
+	first := netip.AddrFrom4([4]byte{10, byte(at >> 16), byte(at >> 8), byte(at)}).Next()
 	l.subnet, l.last = netip.PrefixFrom(first, 26).Masked(), first
 
 	const guard = `cat >/dev/null

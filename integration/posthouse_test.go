@@ -3,6 +3,7 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"os"
@@ -188,14 +189,20 @@ func (p *posthouse) ready(t testing.TB) {
 	for _, address := range p.service().at {
 		p.listening(t, address)
 	}
-	within(t, 10*time.Second, p.name+" is ready", func() bool {
+	said := ""
+	if !becomes(30*time.Second, func() bool {
 		answer, err := http.Get("http://" + p.host + ":9143/readyz")
 		if err != nil {
+			said = err.Error()
 			return false
 		}
-		answer.Body.Close()
+		defer answer.Body.Close()
+		body, _ := io.ReadAll(answer.Body)
+		said = string(body)
 		return answer.StatusCode == http.StatusOK
-	})
+	}) {
+		t.Fatalf("%s is not ready: %s\n%s", p.name, said, tail(p.output.String(), 40))
+	}
 }
 
 // stop ends it as an operator does, which must succeed: exit code 0.
