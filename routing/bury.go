@@ -35,12 +35,13 @@ func (t *Table) buryGone(ctx context.Context) {
 		case <-timer.C:
 		}
 		last = time.Now()
-		s, err := t.bury(ctx, t.Snapshot())
+		before := t.view.Load()
+		s, err := t.bury(ctx, before.state)
 		if err != nil && ctx.Err() == nil {
 			t.log.Error("looking for frontends that have ended; trying again", zap.Error(err))
 		}
 		if s != nil {
-			t.install(s, false)
+			t.install(s, before, false)
 		}
 	}
 }

@@ -47,7 +47,7 @@ func merge(kept, fresh *State) (view *State, doubts map[string]string) {
 		for role, row := range kept.Roles {
 			now, known := fresh.Roles[role]
 			why := wentBack(row, now, known)
-			if why == "" && older {
+			if why == "" && older && now.Epoch == row.Epoch { // above it somebody has decided since
 				why = fmt.Sprintf("the store has revision %d, a snapshot had %d", fresh.Revision, kept.Revision)
 			}
 			if why == "" {

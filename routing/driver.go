@@ -357,7 +357,7 @@ func (d *driver) commit(ctx context.Context, roles []string, what string, rule f
 }
 
 func (d *driver) commitAll(ctx context.Context, what string, change func(*State) error) (bool, error) {
-	s, err := d.t.opt.Store.Update(ctx, change)
+	_, err := d.t.update(ctx, change)
 	switch {
 	case errors.Is(err, ErrConflict), errors.Is(err, errNothing):
 		d.t.log.Debug("driving: "+what, zap.Error(err))
@@ -365,7 +365,6 @@ func (d *driver) commitAll(ctx context.Context, what string, change func(*State)
 	case err != nil:
 		return false, fmt.Errorf("%s: %w", what, err)
 	}
-	d.t.install(s, false)
 	return true, nil
 }
 

@@ -144,7 +144,7 @@ func (t *Table) Rejoin(ctx context.Context, req RejoinRequest) (Rejoined, error)
 	// may be cut off.
 	var roles []string
 	by := t.ID()
-	s, err := t.opt.Store.Update(ctx, func(s *State) (err error) {
+	s, err := t.update(ctx, func(s *State) (err error) {
 		row, err := t.rules.rejoining(s, req.Role, req.Member, by, config.Scope)
 		if err != nil {
 			return err
@@ -163,7 +163,6 @@ func (t *Table) Rejoin(ctx context.Context, req RejoinRequest) (Rejoined, error)
 	if err != nil {
 		return Rejoined{}, err
 	}
-	t.install(s, false)
 	row := s.Roles[req.Role]
 	stale := row.Stale[req.Member]
 	log := t.log.With(zap.Strings("roles", roles), zap.String("member", req.Member), zap.String("active", row.Active),
@@ -179,14 +178,13 @@ func (t *Table) Rejoin(ctx context.Context, req RejoinRequest) (Rejoined, error)
 	} else {
 		log.Info("rejoin done")
 	}
-	fresh, unwritten := t.opt.Store.Update(context.WithoutCancel(ctx), func(now *State) error {
+	_, unwritten := t.update(context.WithoutCancel(ctx), func(now *State) error {
 		return each(roles, func(role string) error {
 			return t.rules.rejoined(now, role, req.Member, row.Active, s.Roles[role].Stale[req.Member], isCopy)
 		})
 	})
 	switch {
 	case unwritten == nil:
-		t.install(fresh, false)
 	case isCopy:
 		err = fmt.Errorf("role %s: %s has rejoined and is still marked as stale, run it again: %w", req.Role, req.Member, unwritten)
 	default:

@@ -22,18 +22,19 @@ type view struct {
 	state   *State
 	doubts  map[string]string // roles to be marked in the store, and why
 	actives []string          // backends that serve some role, sorted
+	losses  int               // how often the store has gone back so far
 	changed chan struct{}     // closed when next is there
 	next    *view
 }
 
-func newView(s *State, doubts map[string]string) *view {
+func newView(s *State, doubts map[string]string, losses int) *view {
 	actives := make(map[string]struct{})
 	for _, row := range s.Roles {
 		if row.Active != "" {
 			actives[row.Active] = struct{}{}
 		}
 	}
-	return &view{state: s, doubts: doubts, actives: slices.Sorted(maps.Keys(actives)), changed: make(chan struct{})}
+	return &view{state: s, doubts: doubts, actives: slices.Sorted(maps.Keys(actives)), losses: losses, changed: make(chan struct{})}
 }
 
 // Snapshot returns the role table as this frontend goes by it. Nobody may
@@ -48,17 +49,17 @@ func (t *Table) Changed() <-chan struct{} { return t.view.Load().changed }
 func (t *Table) follow(ctx context.Context) {
 	for s := range t.opt.Store.Watch(ctx) {
 		if s.Revision >= t.Snapshot().Revision {
-			t.install(s, false)
+			t.install(s, t.view.Load(), false)
 			continue
 		}
 		// Either the answer to an Update of ours has overtaken the watch, or
 		// the store went back: only a read that begins now can tell.
-		before := t.Snapshot().Revision
+		before := t.view.Load()
 		s, err := t.load(ctx)
 		if err != nil {
 			return
 		}
-		t.install(s, s.Revision < before)
+		t.install(s, before, s.Revision < before.state.Revision)
 	}
 }
 
@@ -88,17 +89,33 @@ func pause(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// update is Store.Update, and makes the answer the snapshot.
+func (t *Table) update(ctx context.Context, change func(*State) error) (*State, error) {
+	before := t.view.Load()
+	s, err := t.opt.Store.Update(ctx, change)
+	if err == nil {
+		t.install(s, before, false)
+	}
+	return s, err
+}
+
 // install makes a State of the store the snapshot, revokes the stays that must
-// end, and wakes the logins that may enter. A State that is not newer is
-// ignored unless wentBack.
-func (t *Table) install(fresh *State, wentBack bool) {
+// end, and wakes the logins that may enter. before is the view at some time before
+// the store was asked for it. A State that is not newer is ignored unless wentBack;
+// so is one of before the store went back, and of after that the watch brings all.
+func (t *Table) install(fresh *State, before *view, wentBack bool) {
 	t.mu.Lock()
 	old := t.view.Load()
-	if fresh.Revision <= old.state.Revision && !wentBack {
+	if fresh.Revision <= old.state.Revision && !wentBack || before.losses != old.losses {
 		t.mu.Unlock()
 		return
 	}
-	next := newView(merge(old.state, fresh))
+	losses := old.losses
+	if wentBack {
+		losses++
+	}
+	state, doubts := merge(old.state, fresh)
+	next := newView(state, doubts, losses)
 	t.view.Store(next)
 	old.next = next
 	events := changes(old.state, next.state)
@@ -217,7 +234,7 @@ func (t *Table) markDoubts(ctx context.Context) error {
 		return nil
 	}
 	id, now := t.ID(), time.Now()
-	s, err := t.opt.Store.Update(ctx, func(s *State) error {
+	_, err := t.update(ctx, func(s *State) error {
 		marked := false
 		for role, why := range v.doubts {
 			// Somebody may have decided meanwhile.
@@ -238,9 +255,6 @@ func (t *Table) markDoubts(ctx context.Context) error {
 	})
 	if err != nil && !errors.Is(err, errNothing) {
 		return fmt.Errorf("marking roles as in doubt: %w", err)
-	}
-	if err == nil {
-		t.install(s, false)
 	}
 	return nil
 }
@@ -266,7 +280,7 @@ func (t *Table) reenrol(ctx context.Context) error {
 	if i := strings.LastIndexByte(old, '.'); i > 0 {
 		name = old[:i]
 	}
-	id := t.joined
+	id := t.joined[len(t.joined)-1]
 	if id == old {
 		id = NewID(name)
 	}
@@ -278,7 +292,7 @@ func (t *Table) reenrol(ctx context.Context) error {
 	t.mu.Lock()
 	t.id = id
 	t.mu.Unlock()
-	t.install(s, false)
+	t.install(s, v, false)
 	t.mu.Lock()
 	for _, g := range t.gates {
 		t.wakeParkedLocked(g, t.view.Load()) // the watch may have been faster
@@ -299,14 +313,10 @@ func (t *Table) ack(ctx context.Context) error {
 		if !due {
 			continue
 		}
-		s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.ack(s, id, role, row.Epoch, hand) })
+		_, err := t.update(ctx, func(s *State) error { return t.rules.ack(s, id, role, row.Epoch, hand) })
 		t.settle(map[string]handed{role: hand}, err)
-		switch {
-		case errors.Is(err, ErrConflict): // the switch is over; the next view says more
-		case err != nil:
+		if err != nil && !errors.Is(err, ErrConflict) { // the switch is over; the next view says more
 			errs = append(errs, fmt.Errorf("acking epoch %d of role %s: %w", row.Epoch, role, err))
-		default:
-			t.install(s, false)
 		}
 	}
 	return errors.Join(errs...)

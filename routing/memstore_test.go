@@ -2,6 +2,7 @@ package routing
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -23,6 +24,8 @@ type memSite struct {
 	silent  bool                 // the next Update is done, and its answer gets lost
 	// onUpdate, if set, is called before each Update commits.
 	onUpdate func(old, now *State)
+	// late, if set, says what the answer to an Update has to wait for.
+	late func(now *State) <-chan struct{}
 }
 
 func newMemSite() *memSite {
@@ -90,6 +93,20 @@ func (s *memStore) Load(context.Context) (*State, error) {
 }
 
 func (s *memStore) Update(ctx context.Context, change func(*State) error) (*State, error) {
+	m := s.site
+	m.mu.Lock()
+	late := m.late
+	m.mu.Unlock()
+	now, err := s.commit(ctx, change)
+	if err == nil && late != nil {
+		if arrives := late(now); arrives != nil {
+			<-arrives
+		}
+	}
+	return now, err
+}
+
+func (s *memStore) commit(ctx context.Context, change func(*State) error) (*State, error) {
 	m := s.site
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -324,6 +341,13 @@ func newHost(t *testing.T) *host {
 		Roles: map[string]RoleConfig{"ma01": {Members: []string{"a", "b"}, Active: "a"},
 			"ma02": {Members: []string{"a", "b"}, Active: "b"}},
 	}
+	// Where time is not real, a test that waits for what never comes would go on
+	// until the test binary is killed.
+	stuck := time.AfterFunc(48*time.Hour, func() {
+		state, _ := json.Marshal(h.site.get())
+		panic(fmt.Sprintf("%s is stuck; the table is %s", t.Name(), state))
+	})
+	t.Cleanup(func() { stuck.Stop() })
 	return h
 }
 

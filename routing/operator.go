@@ -94,7 +94,7 @@ func (t *Table) Resume(ctx context.Context, role, who, why string) error {
 }
 
 func (t *Table) steer(ctx context.Context, role, what string, rule func(s *State, role string) error) error {
-	s, err := t.opt.Store.Update(ctx, func(s *State) error {
+	_, err := t.update(ctx, func(s *State) error {
 		roles := s.together(role)
 		if len(roles) == 0 {
 			roles = []string{role} // the rule says what is wrong
@@ -104,7 +104,6 @@ func (t *Table) steer(ctx context.Context, role, what string, rule func(s *State
 	if err != nil {
 		return fmt.Errorf("%s the switch of %s: %w", what, role, err)
 	}
-	t.install(s, false)
 	return nil
 }
 
@@ -124,7 +123,7 @@ func (t *Table) InitRole(ctx context.Context, role, active, who string, acceptSt
 // ConfirmClean is the operator's word that nothing of the past runs on the
 // role's backends any more.
 func (t *Table) ConfirmClean(ctx context.Context, role string) error {
-	s, err := t.opt.Store.Update(ctx, func(s *State) error {
+	_, err := t.update(ctx, func(s *State) error {
 		if _, err := s.row(role); err != nil {
 			return err
 		}
@@ -136,7 +135,6 @@ func (t *Table) ConfirmClean(ctx context.Context, role string) error {
 	if err != nil {
 		return fmt.Errorf("clearing the residues of %s: %w", role, err)
 	}
-	t.install(s, false)
 	return nil
 }
 
@@ -146,8 +144,9 @@ func (t *Table) begin(ctx context.Context, role string, progress func(Event), ho
 		progress = func(Event) {}
 	}
 	// Every view from here on is looked at, however quickly they follow.
-	v, now, before := t.view.Load(), time.Now(), t.Snapshot()
-	held, err := t.opt.Store.Update(ctx, func(s *State) error {
+	first, now := t.view.Load(), time.Now()
+	v, before := first, first.state
+	held, err := t.update(ctx, func(s *State) error {
 		before = s.Clone()
 		return hold(s, now)
 	})
@@ -156,11 +155,10 @@ func (t *Table) begin(ctx context.Context, role string, progress func(Event), ho
 	}
 	number := held.Roles[role].number()
 	t.report(role, before, held, progress)
-	t.install(held, false)
 	last, isThere := held, false
 	for {
 		s := v.state
-		isThere = isThere || s.Revision >= held.Revision
+		isThere = isThere || s.Revision >= held.Revision || v.losses != first.losses
 		if s.Revision > last.Revision {
 			t.report(role, last, s, progress)
 			last = s

@@ -89,14 +89,13 @@ func (t *Table) FenceFrontend(ctx context.Context, id, who, why string) error {
 	if len(alive) > 0 {
 		return fmt.Errorf("%w: frontend %s shows life: stop it, and it says goodbye by itself", ErrConflict, id)
 	}
-	s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.bury(s, id, time.Now()) })
+	_, err = t.update(ctx, func(s *State) error { return t.rules.bury(s, id, time.Now()) })
 	if errors.Is(err, errNothing) {
 		return nil // it has said goodbye meanwhile
 	}
 	if err != nil {
 		return fmt.Errorf("fencing frontend %s: %w", id, err)
 	}
-	t.install(s, false)
 	t.emit(Event{Kind: EventBuried, Frontend: id, Text: "on the word of " + who + ": " + why})
 	return nil
 }
@@ -106,7 +105,7 @@ func (t *Table) FenceFrontend(ctx context.Context, id, who, why string) error {
 // wants that, for up to planComparison, and changes nothing else.
 func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 	now := time.Now()
-	s, err := t.opt.Store.Update(ctx, func(s *State) error { return t.requests(s, req, true, now) })
+	s, err := t.update(ctx, func(s *State) error { return t.requests(s, req, true, now) })
 	refused := ""
 	switch {
 	case errors.Is(err, ErrConflict):
@@ -117,7 +116,6 @@ func (t *Table) Plan(ctx context.Context, req SwitchRequest) (Plan, error) {
 	case err != nil:
 		return Plan{}, fmt.Errorf("asking the frontends: %w", err)
 	default:
-		t.install(s, false)
 		s = t.reported(ctx, req.Role, s.Roles[req.Role].number())
 	}
 	row, err := s.row(req.Role)
@@ -163,12 +161,9 @@ func (t *Table) reported(ctx context.Context, role string, number uint64) *State
 	end := time.NewTimer(planTimeout)
 	defer end.Stop()
 	defer func() {
-		s, err := t.opt.Store.Update(context.WithoutCancel(ctx), func(s *State) error {
+		_, _ = t.update(context.WithoutCancel(ctx), func(s *State) error { // else the driver takes it back
 			return t.rules.refuse(s, role, number, "", time.Now())
 		})
-		if err == nil {
-			t.install(s, false)
-		} // else the driver takes it back
 	}()
 	comparing := false
 	for {

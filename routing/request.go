@@ -281,13 +281,10 @@ func (t *Table) reportDue(ctx context.Context) error {
 			}
 		}
 		hands := t.inspect(q.Roles, &report)
-		fresh, err := t.opt.Store.Update(ctx, func(s *State) error { return t.rules.report(s, id, role, q.Number, report, hands) })
+		_, err := t.update(ctx, func(s *State) error { return t.rules.report(s, id, role, q.Number, report, hands) })
 		t.settle(hands, err)
 		t.wakeKeeper() // an ack may have waited for that
-		switch {
-		case err == nil:
-			t.install(fresh, false)
-		case !errors.Is(err, ErrConflict):
+		if err != nil && !errors.Is(err, ErrConflict) {
 			errs = append(errs, fmt.Errorf("reporting on switch %d of role %s: %w", q.Number, role, err))
 		}
 	}

@@ -12,8 +12,10 @@ import (
 // Safety 14 in an explorer of its own: one switch, a store that is wiped or
 // restored to its first state at any point, and the operator's decision. It
 // assumes that frontends share the state directory, as those of one host do, or
-// come to a store that is not empty any more, and that nobody switches or decides before all running ones have seen that
-// the store went back: until then one that the store has lost is not waited for.
+// come to a store that is not empty any more (one that has been down, to a store
+// in which the doubt is marked or the operator has decided), and that nobody
+// switches or decides before all running ones have seen that the store went back:
+// until then one that the store has lost is not waited for.
 
 type lostProc struct {
 	ID    int // 0 while it does not run
@@ -41,6 +43,7 @@ type lostExplorer struct {
 	queue    []*lostWorld
 	how      map[*lostWorld]lostStep
 	violated *lostWorld
+	first    *State
 }
 
 type lostRule struct {
@@ -57,6 +60,8 @@ type lostStep struct {
 	from *lostWorld
 	what string
 }
+
+const startsLate = "starts on another host, where it has been down since the beginning"
 
 const (
 	mutantForgets = "merge: what a frontend had is compared with the store"
@@ -130,7 +135,7 @@ func (e *lostExplorer) read(kept, fresh *State) (view *State, isDoubt bool) {
 	return known.view, known.isDoubt
 }
 
-func (e *lostExplorer) expand(w *lostWorld, first *State) {
+func (e *lostExplorer) expand(w *lostWorld) {
 	store := func(next *State, how string) {
 		if next != nil {
 			m := *w
@@ -153,8 +158,8 @@ func (e *lostExplorer) expand(w *lostWorld, first *State) {
 		store(e.update(w.Store, "advance", func(s *State) error { return e.r.advance(s, "r", PhaseHold, now) }), "open")
 	}
 	if w.Restores > 0 {
-		for _, lost := range []*State{first.Clone(), emptyState()} {
-			lost.Revision = min(first.Revision-1, uint64(len(lost.Roles)))
+		for _, lost := range []*State{e.first.Clone(), emptyState()} {
+			lost.Revision = min(e.first.Revision-1, uint64(len(lost.Roles)))
 			m := *w
 			m.Store, m.Restores = e.essence(lost), 0
 			e.visit(m, w, "the store goes back to revision %d", lost.Revision)
@@ -206,6 +211,9 @@ func (e *lostExplorer) expandProc(w *lostWorld, i int) {
 		}
 		if w.Starts > 0 && w.Store.Revision == 0 && len(w.Store.Frontends) > 0 {
 			e.enrol(w, i, w.Starts-1, nil, nil, "starts on another host")
+		}
+		if w.Starts > 0 && (w.Inits == 0 || w.Store.Roles["r"].Doubt != nil) {
+			e.enrol(w, i, w.Starts-1, e.first, nil, startsLate)
 		}
 		return
 	}
@@ -262,7 +270,7 @@ func (e *lostExplorer) expandProc(w *lostWorld, i int) {
 func (e *lostExplorer) enrol(w *lostWorld, i, starts int, kept *State, floors map[string]uint64, how string) {
 	m := *w
 	p := &m.Procs[i]
-	p.ID, p.Last, p.Apart = p.Last+1, p.Last+1, p.Apart || kept == nil
+	p.ID, p.Last, p.Apart = p.Last+1, p.Last+1, p.Apart || kept == nil || how == startsLate
 	m.Starts = starts
 	m.Store = e.update(w.Store, fmt.Sprintf("register %d.%d %p %v", i, p.ID, kept, floors), func(s *State) error {
 		e.r.seed(s, map[string]RoleConfig{"r": {Members: []string{"a", "b"}, Active: "a"}}, func(string) bool { return kept != nil && e.mutation != mutantSeeds })
@@ -285,11 +293,12 @@ func exploreLost(mutation string) *lostExplorer {
 		panic(err)
 	}
 	first = e.essence(first)
+	e.first = first
 	w := lostWorld{Store: first, Disk: first, Holds: 1, Inits: 1, Starts: 1, Restores: 1}
 	w.Procs[0] = lostProc{ID: 1, Last: 1, View: first}
 	e.visit(w, nil, "begin")
 	for i := 0; i < len(e.queue) && e.violated == nil; i++ {
-		e.expand(e.queue[i], first)
+		e.expand(e.queue[i])
 	}
 	return e
 }

@@ -168,6 +168,25 @@ func (s *State) forgetBackend(name string) {
 	}
 }
 
+// succeed ends the registrations that frontend id has had as former: a store that
+// was lost and came back may have one, and nobody else would give its acks. What
+// it has inside is in the floors that it registers with as id.
+func (r rules) succeed(s *State, id string, former []string) {
+	for _, was := range former {
+		delete(s.Frontends, was)
+	}
+	for role, row := range s.Roles {
+		for member, stale := range row.Stale {
+			if slices.Contains(former, stale.RejoinBy) {
+				stale.RejoinBy = id
+				row.Stale = maps.Clone(row.Stale)
+				row.Stale[member] = stale
+				s.Roles[role] = row
+			}
+		}
+	}
+}
+
 // goodbye ends a registration: nobody is inside any more. hands are by role. Who
 // was buried meanwhile hands in all the same.
 func (r rules) goodbye(s *State, id string, hands map[string]handed) {

@@ -266,6 +266,7 @@ func TestMerge(t *testing.T) {
 		{"phase back", state(5, row(7, "b", PhaseOpen)), state(6, row(7, "a", PhasePromote)), "b", true, true},
 		{"other active", state(5, row(7, "b", PhaseOpen)), state(6, row(7, "a", PhaseOpen)), "b", true, true},
 		{"revision back", state(9, row(3, "a", PhaseOpen)), state(6, row(3, "a", PhaseOpen)), "a", true, true},
+		{"revision back, and decided", state(9, row(3, "a", PhaseOpen)), state(6, row(4, "b", PhaseOpen)), "b", false, false},
 		{"role lost", state(5, row(7, "b", PhaseOpen)), emptyState(), "b", true, true},
 		{"decided", state(5, row(7, "b", PhaseOpen)), state(6, row(8, "a", PhaseOpen)), "a", false, false},
 	} {

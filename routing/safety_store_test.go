@@ -139,7 +139,11 @@ func TestSafety14WipedStore(t *testing.T) {
 			_, err := g.InitRole(context.Background(), "ma01", "a", "test", false)
 			done <- err
 		}()
-		<-s.Revoked()
+		select {
+		case <-s.Revoked():
+		case err := <-done:
+			t.Fatal("alice may stay on b: ", err)
+		}
 		s.Leave(proven)
 		if err := <-done; err != nil {
 			t.Fatal(err)
@@ -153,6 +157,114 @@ func TestSafety14WipedStore(t *testing.T) {
 		}
 		f.stop()
 		g.stop()
+	})
+}
+
+// A frontend that was down comes to a store that was lost, and in which the
+// operator has decided: what it kept is of before that.
+func TestSafety14DecidedWhileDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.opt.Local = newMemLocal() // a host of its own
+		down := h.start("down")
+		for range 5 {
+			down.mustSwitch(toB)
+			down.mustSwitch(SwitchRequest{Role: "ma01", To: "a"})
+		}
+		synctest.Wait()
+		kept := down.Snapshot()
+		down.stop()
+
+		opt := h.opt
+		h.opt.Local = nil
+		f := h.start("f")
+		synctest.Wait()
+		h.site.replace(emptyState())
+		f.until(func(s *State) bool { return s.Roles["ma01"].Doubt != nil })
+		synctest.Wait()
+		if _, err := f.InitRole(t.Context(), "ma01", "b", "test", false); err != nil {
+			t.Fatal(err)
+		}
+		alice := f.enter("alice")
+
+		h.opt = opt
+		g := h.start("g")
+		if now := h.site.get(); now.Revision >= kept.Revision || now.Roles["ma01"].Epoch <= kept.Roles["ma01"].Epoch {
+			t.Fatalf("this test tests nothing: revision %d, kept %d", now.Revision, kept.Revision)
+		}
+		again := g.enter("alice")
+		if alice.Backend != "b" || again.Backend != "b" {
+			t.Errorf("alice is on %s and on %s", alice.Backend, again.Backend)
+		}
+		alice.Leave(proven)
+		again.Leave(proven)
+		g.mustSwitch(SwitchRequest{Role: "ma01", To: "a"})
+		f.stop()
+		g.stop()
+	})
+}
+
+// The answer to an update of before the loss comes when the frontend knows of the
+// loss already.
+func TestSafety14AnswerOfBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		arrives := make(chan struct{})
+		h.site.late = func(now *State) <-chan struct{} {
+			if row := now.Roles["ma01"]; row.Epoch == 2 && row.Phase == PhaseOpen {
+				return arrives
+			}
+			return nil
+		}
+		f := h.start("f")
+		f.mustSwitch(toB)
+		h.site.replace(emptyState())
+		f.until(func(s *State) bool { return s.Roles["ma01"].Doubt != nil })
+		time.Sleep(time.Second) // it registers anew
+		alice := f.enter("alice")
+		id, before := f.ID(), h.site.get()
+		close(arrives)
+		time.Sleep(time.Minute)
+		now := h.site.get()
+		if f.ID() != id || len(now.Frontends) != 1 || now.Revision != before.Revision || f.Snapshot().Revision != now.Revision {
+			t.Errorf("%s, before %s, goes by revision %d; the store is at %d, before %d, with %v",
+				f.ID(), id, f.Snapshot().Revision, now.Revision, before.Revision, sortedKeys(now.Frontends))
+		}
+		if err := alice.Check(); err != nil || alice.Backend != "b" {
+			t.Errorf("alice on %s: %v", alice.Backend, err)
+		}
+		alice.Leave(proven)
+		if _, err := f.InitRole(t.Context(), "ma01", "a", "test", false); err != nil {
+			t.Fatal(err)
+		}
+		f.stop()
+	})
+}
+
+// The store comes back with a registration that this frontend has had before:
+// nobody else could answer for it.
+func TestSafety14FormerRegistration(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		f := h.start("f")
+		synctest.Wait()
+		first, backup := f.ID(), h.site.get()
+		lost := backup.Clone()
+		lost.Revision++
+		clear(lost.Frontends)
+		h.site.replace(lost)
+		synctest.Wait()
+		second := f.ID()
+		h.site.replace(backup)
+		synctest.Wait()
+		if now := h.site.get(); second == first || f.ID() == second || len(now.Frontends) != 1 {
+			t.Fatalf("%s, before %s and %s, is one of %v", f.ID(), second, first, sortedKeys(now.Frontends))
+		}
+		if _, err := f.InitRole(t.Context(), "ma01", "b", "test", false); err != nil {
+			t.Fatal(err)
+		}
+		f.enter("alice").Leave(proven)
+		f.stop()
 	})
 }
 

@@ -82,7 +82,7 @@ func startWithout(opt Options, guard string) (*Table, error) {
 		return nil, err
 	}
 	state, doubts := merge(kept, fresh)
-	t.view.Store(newView(state, doubts))
+	t.view.Store(newView(state, doubts, 0))
 	var run context.Context
 	run, t.stop = context.WithCancel(context.Background())
 	for _, what := range []func(context.Context){t.follow, t.keep, t.drive, t.announce, t.heedDeadline, t.answerRequests, t.buryGone} {

@@ -113,7 +113,7 @@ type Table struct {
 	disagreements atomic.Uint64
 	highest       uint64        // revision on the disk; keep alone uses it
 	saved         time.Time     // when; keep alone uses it
-	joined        string        // the last ID that the store knows; keep alone uses it after Start
+	joined        []string      // the IDs that the store knows, the last one last; keep alone uses it after Start
 	poke          chan struct{} // wakes keep; capacity 1
 	news          chan struct{} // wakes announce; capacity 1
 	closing       chan struct{}
@@ -135,7 +135,7 @@ func Start(ctx context.Context, opt Options) (*Table, error) {
 		return nil, err
 	}
 	state, doubts := merge(kept, fresh)
-	t.view.Store(newView(state, doubts))
+	t.view.Store(newView(state, doubts, 0))
 	run, stop := context.WithCancel(context.Background())
 	t.stop = stop
 	t.running.Go(func() { t.follow(run) })
@@ -197,11 +197,11 @@ func loadSnapshot(l Local) (*State, error) {
 // enrol registers id. kept is what this frontend knows already; inside has the
 // lowest epoch of the stays that it has already, by role.
 func (t *Table) enrol(ctx context.Context, id string, kept *State, inside map[string]uint64) (*State, error) {
-	if t.joined != id { // a second try has joined already
+	if !slices.Contains(t.joined, id) { // a second try has joined already
 		if err := t.opt.Store.Join(ctx, id); err != nil {
 			return nil, fmt.Errorf("joining the store as %s: %w", id, err)
 		}
-		t.joined = id
+		t.joined = append(t.joined, id)
 	}
 	before, err := t.opt.Store.Load(ctx)
 	if err != nil {
@@ -223,6 +223,7 @@ func (t *Table) enrol(ctx context.Context, id string, kept *State, inside map[st
 		if err := t.rules.reconcile(s, t.site); err != nil {
 			return err
 		}
+		t.rules.succeed(s, id, t.joined[:len(t.joined)-1])
 		return t.rules.register(s, id, Frontend{Backends: sortedKeys(t.site.backends), BootID: boot, Since: now,
 			Floors: floorsOf(kept, s, inside)})
 	})
